@@ -1,0 +1,55 @@
+"""The one way in which a bad input ends a program: one clear line and a non-zero exit."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class LalicError(Exception):
+    """A problem that the user can mend. Its text says what is wrong and what to do, in one line."""
+
+
+def fail(message: object) -> NoReturn:
+    """Print `error: message` as one line on stderr and exit with status 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's `main` and turn the errors that users cause into one line.
+
+    Set LALIC_TRACEBACK=1 to see the traceback instead. Anything that is not foreseen keeps its traceback.
+    """
+    try:
+        status = main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): close quietly, as other command-line tools do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except LalicError as error:
+        if os.environ.get("LALIC_TRACEBACK"):
+            raise
+        fail(error)
+    except OSError as error:
+        if os.environ.get("LALIC_TRACEBACK") or error.errno not in _FORESEEN:
+            raise
+        fail(f"{_FORESEEN[error.errno]}: {error.filename or error}")
+    raise SystemExit(status or 0)
+
+
+_FORESEEN = {
+    errno.ENOSPC: "no space left on the device (free some and run the same command again)",
+    errno.EDQUOT: "the disk quota is used up (free some and run the same command again)",
+    errno.EACCES: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOENT: "no such file or folder",
+    errno.ENOTDIR: "not a folder",
+    errno.EISDIR: "is a folder, a file was expected",
+}

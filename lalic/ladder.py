@@ -1,0 +1,32 @@
+"""The quality ladder: which Lagrangian multiplier stands behind q1 ... q6, and the names that follow from it."""
+
+from __future__ import annotations
+
+import math
+
+MSE = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483}
+"""Published LALIC ladder, for `lambda * 255^2 * MSE + bpp` (the first six values of CompressAI's)."""
+
+MS_SSIM = {1: 2.40, 2: 4.58, 3: 8.73, 4: 16.64, 5: 31.73, 6: 60.50}
+"""CompressAI's ladder, for `lambda * (1 - MS-SSIM) + bpp`."""
+
+LADDERS = {"mse": MSE, "ms-ssim": MS_SSIM}
+
+
+def lambda_of(metric: str, quality: int) -> float:
+    """Multiplier of a quality label; KeyError for a metric or label that is not on the ladder."""
+    return LADDERS[metric][quality]
+
+
+def quality_of(metric: str, lmbda: float) -> int | None:
+    """Quality label of a multiplier, or None off the ladder."""
+    for quality, value in LADDERS[metric].items():
+        if math.isclose(value, lmbda, rel_tol=1e-6):
+            return quality
+    return None
+
+
+def release_name(metric: str, lmbda: float) -> str:
+    """Name of the release bundle, e.g. `lalic-mse-q3`; off the ladder `lalic-mse-lambda0.01`."""
+    quality = quality_of(metric, lmbda)
+    return f"lalic-{metric}-" + (f"q{quality}" if quality else f"lambda{lmbda:g}")
