@@ -1,0 +1,146 @@
+"""The Bi-RWKV block and its parts (LALIC, arXiv 2502.05741, figure 2).
+
+    x ──┬─► LN ─► SpatialMix ─► * gamma1 ─► + ──┬─► LN ─► ChannelMix ─► * gamma2 ─► + ──►
+        └──────────────────────────────────►┘   └──────────────────────────────────►┘
+
+Legend: B batch, C channels, H x W grid, T = H * W tokens. Inside a block everything is (B, H, W, C), which is
+the channels-last view of (B, C, H, W) and, seen as (B, T, C), the token sequence: no step copies between them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lalic.ops import biwkv
+
+
+class OmniShift(nn.Module):
+    """Depthwise 5x5 convolution made of four branches (Restore-RWKV, arXiv 2407.11087).
+
+    Identity, 1x1, 3x3 and 5x5 branches weighted by `alpha` are linear, so they are one 5x5 kernel. It is built
+    from the parameters at every call, differentiably, in training and evaluation alike: that costs a few
+    microseconds, is exact, and leaves no cache that could go stale.
+
+    Checkpoints of the published layout hold the merged kernel as `conv5x5_reparam.weight`. It is derived: written
+    by `state_dict()`, and ignored by `load_state_dict()`, since files in the wild hold stale ones.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.randn(4))
+        self.conv1x1 = nn.Conv2d(dim, dim, 1, groups=dim, bias=False)
+        self.conv3x3 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.conv5x5 = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, bias=False)
+        self.register_state_dict_post_hook(_write_merged_kernel)
+        self.register_load_state_dict_pre_hook(_drop_merged_kernel)
+
+    def merged_kernel(self) -> Tensor:
+        """The 5x5 kernel (C, 1, 5, 5) that equals the weighted sum of the four branches."""
+        alpha = self.alpha
+        centre = alpha[0] + alpha[1] * self.conv1x1.weight
+        kernel = F.pad(alpha[2] * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1)), (1, 1, 1, 1))
+        return kernel + alpha[3] * self.conv5x5.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        shifted = F.conv2d(x.permute(0, 3, 1, 2), self.merged_kernel(), padding=2, groups=x.shape[-1])
+        return shifted.permute(0, 2, 3, 1)
+
+
+def _write_merged_kernel(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    assert isinstance(module, OmniShift)
+    state[f"{prefix}conv5x5_reparam.weight"] = module.merged_kernel().detach()
+
+
+def _drop_merged_kernel(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state.pop(f"{prefix}conv5x5_reparam.weight", None)
+
+
+class SpatialMix(nn.Module):
+    """Linear attention over all pixels: BiWKV gated by a receptance."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.decay = nn.Parameter(torch.randn(dim))
+        self.boost = nn.Parameter(torch.randn(dim))
+        self.omni_shift = OmniShift(dim)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.output = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C). The decay is divided by T, so it adapts to the size of the image."""
+        shifted = self.omni_shift(x)
+        keys, values = self.key(shifted).flatten(1, 2), self.value(shifted).flatten(1, 2)
+        tokens = keys.shape[1]
+        attended = biwkv(self.decay / tokens, self.boost / tokens, keys, values)
+        return self.output(torch.sigmoid(self.receptance(shifted)) * attended.view(x.shape))
+
+
+class ChannelMix(nn.Module):
+    """Gated feed-forward over channels with a squared ReLU; `hidden_rate` widens its hidden layer."""
+
+    def __init__(self, dim: int, hidden_rate: int = 4):
+        super().__init__()
+        self.omni_shift = OmniShift(dim)
+        self.key = nn.Linear(dim, hidden_rate * dim, bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(hidden_rate * dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, H, W, C) -> (B, H, W, C)."""
+        shifted = self.omni_shift(x)
+        return torch.sigmoid(self.receptance(shifted)) * self.value(torch.relu(self.key(shifted)).square())
+
+
+class BiRWKVBlock(nn.Module):
+    """One Bi-RWKV block on (B, C, H, W); `gradient_checkpointing` recomputes it whole in the backward pass."""
+
+    def __init__(self, dim: int, hidden_rate: int = 4):
+        super().__init__()
+        self.gamma1 = nn.Parameter(torch.ones(dim))
+        self.gamma2 = nn.Parameter(torch.ones(dim))
+        self.ln1 = nn.LayerNorm(dim)
+        self.ln2 = nn.LayerNorm(dim)
+        self.att = SpatialMix(dim)
+        self.ffn = ChannelMix(dim, hidden_rate)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W), channels-last in memory."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Nothing in a block draws random numbers, so their state needs no stash.
+            return checkpoint(self._mix, x, use_reentrant=False, preserve_rng_state=False)
+        return self._mix(x)
+
+    def _mix(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).contiguous()  # no copy where x is channels-last already
+        x = x + self.gamma1 * self.att(self.ln1(x))
+        x = x + self.gamma2 * self.ffn(self.ln2(x))
+        return x.permute(0, 3, 1, 2)
+
+
+class EntropyParametersBlock(nn.Module):
+    """1x1 convolution followed by a gated channel mix: a pointwise stage of the parameter aggregation."""
+
+    def __init__(self, dim: int, out_dim: int, expansion_factor: int = 2, **_unused: Any):
+        # CompressAI's `sequential_channel_ramp` hands every layer the arguments of a convolution.
+        super().__init__()
+        self.mix = nn.Conv2d(dim, out_dim, 1)
+        self.norm = nn.LayerNorm(out_dim)
+        self.key = nn.Linear(out_dim, expansion_factor * out_dim, bias=False)
+        self.value = nn.Linear(expansion_factor * out_dim, out_dim, bias=False)
+        self.receptance = nn.Linear(out_dim, out_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, dim, H, W) -> (B, out_dim, H, W)."""
+        mixed = self.mix(x)
+        normed = self.norm(mixed.permute(0, 2, 3, 1))
+        gated = torch.sigmoid(self.receptance(normed)) * self.value(torch.relu(self.key(normed)).square())
+        return mixed + gated.permute(0, 3, 1, 2)

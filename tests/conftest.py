@@ -1,0 +1,36 @@
+"""Fixtures that every part shares: where the golden values and the photographs are, and small models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _shared(name: str) -> Path:
+    """A folder of material that is not part of the repository: LALIC_SHARED, or `shared` beside the checkout."""
+    folder = Path(os.environ.get("LALIC_SHARED", ROOT.parent / "shared")) / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent (set LALIC_SHARED to the folder that holds {name}/)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Golden values: state_dict.json, lalic_golden.npz, biwkv_golden.npz, published_rd.json ..."""
+    return _shared("reference")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real photographs: kodak/ and bsds500/{train,val}."""
+    return _shared("data")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
