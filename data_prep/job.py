@@ -1,0 +1,245 @@
+"""The sharding job: candidates in a fixed order, checked in parallel, packed into shards one after the other.
+
+The order is the seeded shuffle of the input. With a limit of N, the first N candidates of the input are
+shuffled and those behind them follow as they are, in place of unusable ones: so the shards hold exactly the
+first N usable images of the input, although nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lalic.data.index import INDEX_NAME, INDEX_VERSION
+from lalic.errors import LalicError
+from lalic.files import atomic_open
+
+from .feed import Feed, candidate_order
+from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
+from .sources import Listing, list_inputs, make_keys
+from .state import JobState, ShardRecord
+from .validation import Checked, Limits, check_image
+from .workers import Workers
+from .writer import ShardWriter
+
+logger = logging.getLogger("lalic.data_prep")
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+# Part of job.json: raised when the same options would give other bytes than before.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides on the result, besides the input; `shard.py --help` says what each means."""
+
+    limit: int | None = None
+    shard_size: int = 512 << 20
+    min_side: int = 256
+    max_pixels: int = 1 << 26
+    seed: int = 0
+    prefix: str = "shard"
+    keep_duplicates: bool = False
+
+
+def run_job(source: str | Path, output: str | Path, options: Options, *, workers: int) -> None:
+    """Shard `source` into the folder `output`, or finish what an earlier run began there.
+
+    Raises LalicError for unusable input, an output folder of another job, or a full disk (what is done
+    stays).
+    """
+    output = Path(output)
+    listing = list_inputs(source)
+    for kind, count in listing.ignored.most_common():
+        logger.info("passed over: %d %s", count, kind)
+    job: dict[str, Any] = {
+        "format": _FORMAT,
+        "images": len(listing.paths),
+        "images_sha256": listing.fingerprint(),
+        **asdict(options),
+    }
+    check = partial(check_image, limits=Limits(options.min_side, options.max_pixels))
+    pool = Workers(check, workers)
+    sharding = None
+    try:
+        with JobState.open(output, job) as state:
+            sharding = Sharding(state, listing, options, pool)
+            sharding.run()
+            sharding.finish(source)
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        safe = sharding.shards if sharding else 0
+        raise LalicError(
+            f"--output {output}: cannot be written on ({error.strerror}), {safe} finished shards are safe: "
+            "make room and run the same command again"
+        ) from error
+    except KeyboardInterrupt:
+        logger.info("finished shards are safe: run the same command again to go on")
+        raise
+    finally:
+        pool.close()
+
+
+class Sharding:
+    """One run of a job."""
+
+    def __init__(self, state: JobState, listing: Listing, options: Options, pool: Workers) -> None:
+        self.state, self.options = state, options
+        self.paths, self.keys = listing.paths, make_keys(listing.paths)
+        self.order = candidate_order(len(listing.paths), options.limit, options.seed)
+        self.feed = Feed(pool, listing, self.order)
+        self.left_out = LeftOut()
+        self.kept = self.bytes = self.built = 0
+        self.numbers = 0
+        """Records in all; the last one may be without a shard."""
+        self.shards = 0
+        self._key_of_digest: dict[bytes, str] = {}
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        """Take up what is finished and make what is not, up to the last shard."""
+        first = min(len(self.order), self.options.limit or len(self.order))
+        position = number = 0
+        with ExitStack() as stack:
+            progress: Progress | None = None
+            last = False
+            while not last:
+                record = self.state.finished(number, position)
+                if record is None:
+                    if progress is None:
+                        if number:
+                            logger.info("going on after %d finished shards", number)
+                        progress = stack.enter_context(Progress(first, position))
+                    record = self._build(number, position, progress)
+                    self.state.save(number, record)
+                    self.built += 1
+                self._account(record)
+                position, last, number = record.stop, record.last, number + 1
+        self.state.remove_from(number)
+        self.numbers = number
+
+    def finish(self, source: str | Path) -> None:
+        """Write the list of what was left out, then the index, and say how it went."""
+        output = self.state.output
+        index, table = output / INDEX_NAME, output / LEFT_OUT_NAME
+        if not self.built and table.exists() and self.state.is_complete(index):
+            print(f"{output}: complete before this run, {self._amount()}; nothing to do")
+            return
+        write_left_out(table, (row for record in self._records() for row in record.left_out))
+        if not self.kept:
+            # Nothing is worth keeping: when the images have been mended, the same command begins anew.
+            self.state.forget()
+            raise LalicError(
+                f"--input {source}: no usable image among {len(self.paths)} ({self.left_out.summary()}); "
+                f"{table} lists them"
+            )
+        self._write_index(index)
+        self.state.complete(index)
+        if self.options.limit and self.kept < self.options.limit:
+            logger.info("the input has only %d usable images, --limit asks for %d", self.kept, self.options.limit)
+        print(f"{output}: {self._amount()}; this run took {time.monotonic() - self._began:.1f} s")
+        if self.left_out.reasons:
+            print(f"left out: {self.left_out.reasons.total()} images (each in {table})")
+            print("\n".join(self.left_out.lines()))
+
+    def _build(self, number: int, start: int, progress: Progress) -> ShardRecord:
+        """Make the shard that begins at place `start` of the order."""
+        record = ShardRecord(start, start)
+        self.feed.seek(start)
+        if self._next_usable(record, progress, 0) is None:
+            record.last = True
+            return record
+        name = self.state.shard_name(number)
+        with atomic_open(self.state.output / name) as file:
+            writer = ShardWriter(file, name, self.options.shard_size)
+            while not record.last:
+                checked = self._next_usable(record, progress, len(writer.samples))
+                if checked is None:
+                    record.last = True
+                elif not writer.has_room(checked):
+                    break
+                else:
+                    key = self.keys[self.feed.candidate()]
+                    writer.add(key, checked)
+                    self._key_of_digest[bytes.fromhex(checked.sha256)] = key
+                    self.feed.advance()
+                    record.stop = self.feed.position
+                    record.last = self.kept + len(writer.samples) == self.options.limit
+            record.shard = writer.close()
+            progress.reach(record.stop, self.kept + len(writer.samples), self._left_out_with(record))
+        return record
+
+    def _next_usable(self, record: ShardRecord, progress: Progress, samples: int) -> Checked | None:
+        """The next usable candidate, which stays next in the feed; those before it go to the record."""
+        while (checked := self.feed.peek()) is not None:
+            reason, detail = checked.reason, checked.detail
+            if not reason and not self.options.keep_duplicates:
+                twin = self._key_of_digest.get(bytes.fromhex(checked.sha256))
+                if twin is not None:
+                    reason, detail = "duplicate", f"same bytes as {twin}"
+            progress.reach(self.feed.position, self.kept + samples, self._left_out_with(record))
+            if not reason:
+                return checked
+            record.left_out.append([self.paths[self.feed.candidate()], reason, detail])
+            self.feed.advance()
+            record.stop = self.feed.position
+        return None
+
+    def _left_out_with(self, record: ShardRecord) -> int:
+        return self.left_out.reasons.total() + len(record.left_out)
+
+    def _account(self, record: ShardRecord) -> None:
+        self.kept += len(record.samples)
+        if record.shard is not None:
+            self.shards += 1
+            self.bytes += record.shard["bytes"]
+        for sample in record.samples:
+            self._key_of_digest[bytes.fromhex(sample["sha256"])] = sample["key"]
+        for path, reason, detail in record.left_out:
+            self.left_out.add(path, reason, detail)
+
+    def _records(self) -> Iterator[ShardRecord]:
+        position = 0
+        for number in range(self.numbers):
+            record = self.state.finished(number, position)
+            if record is None:
+                raise LalicError(
+                    f"{self.state.output / self.state.shard_name(number)} was changed while this program "
+                    "ran; run the same command again"
+                )
+            position = record.stop
+            yield record
+
+    def _write_index(self, path: Path) -> None:
+        """One line per sample, written as it goes: the index of a large job need not fit in memory."""
+        head = {"version": INDEX_VERSION, "prefix": self.options.prefix, "seed": self.options.seed}
+        with atomic_open(path, "w") as file:
+            file.write(json.dumps({**head, "min_side": self.options.min_side})[:-1] + ', "shards": [')
+            separator = "\n"
+            for record in self._records():
+                if record.shard is None:
+                    continue
+                shard = {name: record.shard[name] for name in ("name", "bytes", "sha256")}
+                file.write(separator + json.dumps(shard)[:-1] + ', "samples": [\n ')
+                file.write(",\n ".join(json.dumps(_indexed(sample)) for sample in record.samples))
+                file.write("\n]}")
+                separator = ",\n"
+            file.write("\n]}\n")
+
+    def _amount(self) -> str:
+        shards = "1 shard" if self.shards == 1 else f"{self.shards} shards"
+        return f"{self.kept} images in {shards}, {self.bytes / 1e6:.1f} MB"
+
+
+def _indexed(sample: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sample.items() if name != "sha256"}

@@ -1,0 +1,101 @@
+"""What the user sees: progress while it runs, and what was left out and why."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
+
+from lalic.files import atomic_open
+
+LEFT_OUT_NAME = "left_out.csv"
+
+_LOG_EVERY = 30.0
+
+logger = logging.getLogger("lalic.data_prep")
+
+
+class Progress:
+    """A bar on a terminal, a line now and then in a log file."""
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit="img",
+            desc="sharding",
+            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+        )
+        self._total, self._done = total, done
+        self._begun_at = done
+        self._begun = self._logged = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+    def reach(self, done: int, kept: int, left_out: int) -> None:
+        """`done` candidates are dealt with, among them `left_out` unusable ones."""
+        if done > self._total:
+            # Images beyond the limit stand in for unusable ones before it.
+            self._total = self._bar.total = done
+        self._bar.update(done - self._done)
+        self._bar.set_postfix(kept=kept, left_out=left_out, refresh=False)
+        self._done = done
+        now = time.monotonic()
+        if self._bar.disable and now - self._logged >= _LOG_EVERY:
+            self._logged = now
+            rate = (done - self._begun_at) / (now - self._begun)
+            left = (self._total - done) / rate if rate else float("inf")
+            logger.info(
+                "%d of %d images, %d kept, %d left out, %.0f images/s, %s left",
+                *(done, self._total, kept, left_out, rate, tqdm.format_interval(left) if rate else "?"),
+            )
+
+
+class LeftOut:
+    """Counts per reason, with the first example of each."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+
+    def add(self, path: str, reason: str, detail: str) -> None:
+        self.reasons[reason] += 1
+        self._examples.setdefault(reason, f"{printable(path)}" + (f": {detail}" if detail else ""))
+
+    def lines(self) -> list[str]:
+        """One line per reason, the most frequent first."""
+        return [
+            f"  {count:>8}  {reason}, for example {self._examples[reason]}"
+            for reason, count in sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+        ]
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
+
+
+def write_left_out(path: Path, rows: Iterable[list[str]]) -> None:
+    """Write the table of path, reason and detail, atomically."""
+    with atomic_open(path, "w") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["path", "reason", "detail"])
+        for path_, reason, detail in rows:
+            table.writerow([printable(path_), reason, detail])
+
+
+def printable(path: str) -> str:
+    """The path with bytes that are no UTF-8 written as escapes."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")

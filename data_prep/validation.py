@@ -1,0 +1,116 @@
+"""Is this file an image that can be trained on? Runs in worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import Image
+
+from lalic.data.images import ImageError, decode_rgb, describe_error
+from lalic.errors import LalicError
+
+_START_OF_SCAN = b"\xda"
+_END_OF_IMAGE = b"\xff\xd9"
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an image must keep to."""
+
+    min_side: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The outcome for one file: either `reason` says why it is left out, or all other fields are set."""
+
+    data: bytes = b""
+    extension: str = ""
+    sha256: str = ""
+    width: int = 0
+    height: int = 0
+    reason: str = ""
+    detail: str = ""
+
+
+def check_image(path: str, limits: Limits) -> Checked:
+    """Read the file and decode all of it. Width and height are those of the upright image.
+
+    Raises LalicError only when the machine, not the image, is at fault.
+    """
+    try:
+        data = _read(path, limits)
+        extension = image_extension(data, path)
+        if extension == "jpg":
+            _check_jpeg_end(data, path)
+        if extension == "png":
+            _check_png_sums(data, path)
+        height, width, _ = decode_rgb(data, path, max_pixels=limits.max_pixels).shape
+        if min(width, height) < limits.min_side:
+            detail = f"{width}x{height}, shorter side below {limits.min_side}"
+            raise ImageError(path, "too small", detail)
+    except ImageError as error:
+        return Checked(reason=error.reason, detail=error.detail)
+    except MemoryError as error:
+        # Leaving the image out would make the result depend on the machine.
+        raise LalicError(
+            f"{path}: not enough memory to decode it; use fewer --workers or a lower --max-pixels"
+        ) from error
+    return Checked(data, extension, hashlib.sha256(data).hexdigest(), width, height)
+
+
+def image_extension(data: bytes, name: str) -> str:
+    """`jpg`, `png` or `webp`, by the content: a suffix may be wrong, and readers of shards choose by it."""
+    if not data:
+        raise ImageError(name, "empty file")
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(_PNG):
+        return "png"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise ImageError(name, "not an image", "neither JPEG, PNG nor WebP")
+
+
+def _read(path: str, limits: Limits) -> bytes:
+    # No image within the limit needs more: 16 bits in four channels, uncompressed, and 16 MiB of metadata.
+    most = 8 * limits.max_pixels + (16 << 20)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise ImageError(path, "file too large", f"{size} bytes, at most {most} for --max-pixels")
+            return file.read()
+    except OSError as error:
+        raise ImageError(path, "cannot be read", error.strerror or str(error)) from error
+
+
+def _check_jpeg_end(data: bytes, name: str) -> None:
+    """Look for the end-of-image marker behind the first scan.
+
+    libjpeg takes a file whose rest is zeros, as an interrupted copy may leave it, and paints that part gray.
+    """
+    place = 2
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != _START_OF_SCAN:
+        fill = data[place + 1 : place + 2] == b"\xff"
+        place += 1 if fill else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    if data.find(_END_OF_IMAGE, place) < 0:
+        raise ImageError(name, "damaged", "no end-of-image marker: cut short, or its end overwritten")
+
+
+def _check_png_sums(data: bytes, name: str) -> None:
+    """Check the sum of every chunk of a PNG; Pillow's decoder passes over them."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(BytesIO(data), formats=("PNG",)).verify()
+    except Image.DecompressionBombError as error:
+        raise ImageError(name, "too many pixels", describe_error(error)) from error
+    except Exception as error:
+        raise ImageError(name, "damaged", describe_error(error)) from error

@@ -1,0 +1,97 @@
+"""A position to its pixels: read, decode, crop, and replace what cannot be decoded. Runs in worker processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lalic.data.images import ImageError, decode_rgb
+from lalic.data.index import ShardIndex
+from lalic.data.order import random_crop, replacement_word
+from lalic.data.reader import ShardReader
+from lalic.errors import LalicError
+
+# A bad sample is replaced by another one of its shard, which is near at hand; when that many fail, of any
+# shard.
+_SAME_SHARD_ATTEMPTS = 8
+_ATTEMPTS = 64
+
+
+@dataclass
+class Failure:
+    """An error that must end the run, on its way from a worker to the main process.
+
+    Raised in the worker, it would arrive as a LalicError whose text is torch's traceback.
+    """
+
+    message: str
+
+
+class ShardCrops(Dataset[Any]):
+    """Map-style dataset whose items are whole micro-batches: `crops[positions, sample_ids]`.
+
+    Nothing but (seed, epoch, index) decides on a crop, so the items are the same in whatever process they
+    are made.
+    """
+
+    def __init__(
+        self, index: ShardIndex, eligible: np.ndarray, *, crop: int, seed: int, first_epoch: int, flip: bool
+    ) -> None:
+        self.index, self.eligible = index, eligible
+        self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
+        self._files = ShardReader(index)
+
+    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
+        positions, samples = batch
+        x = torch.empty((len(positions), 3, self.crop, self.crop), dtype=torch.uint8)
+        pixels = x.numpy()
+        bad: list[tuple[int, str]] = []
+        replaced = 0
+        try:
+            for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
+                found = self._fill(pixels[row], position, sample)
+                bad += found
+                replaced += bool(found)
+        except LalicError as error:
+            return Failure(str(error))
+        return {"x": x, "bad": replaced, "positions": torch.from_numpy(positions), "bad_samples": bad}
+
+    def _fill(self, out: np.ndarray, position: int, sample: int) -> list[tuple[int, str]]:
+        """Write the crop at `position` to `out` (3, crop, crop); returns the bad samples met on the way."""
+        epoch, index = divmod(position, len(self.eligible))
+        epoch += self.first_epoch
+        bad: list[tuple[int, str]] = []
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                sample = self._replacement(epoch, index, attempt, bad[0][0])
+            try:
+                out[...] = self._read_crop(sample, epoch, index, attempt).transpose(2, 0, 1)
+                return bad
+            except ImageError as error:
+                bad.append((sample, error.reason + (f" ({error.detail})" if error.detail else "")))
+        raise LalicError(
+            f"{self.index.describe(bad[0][0])} and {_ATTEMPTS - 1} replacements cannot be decoded: "
+            f"the shards in {self.index.folder} are damaged, make or copy them again"
+        )
+
+    def _replacement(self, epoch: int, index: int, attempt: int, sample: int) -> int:
+        first, last = 0, len(self.eligible)
+        if attempt < _SAME_SHARD_ATTEMPTS:
+            shard = self.index.shard[sample]
+            # `eligible` ascends and so do the shards: a shard's samples lie side by side.
+            ids = np.searchsorted(self.index.shard, [shard, shard + 1])
+            first, last = np.searchsorted(self.eligible, ids).tolist()
+        return int(self.eligible[first + replacement_word(self.seed, epoch, index, attempt) % (last - first)])
+
+    def _read_crop(self, sample: int, epoch: int, index: int, attempt: int) -> np.ndarray:
+        """(crop, crop, 3) uint8."""
+        width, height = int(self.index.width[sample]), int(self.index.height[sample])
+        left, top, mirror = random_crop(self.seed, epoch, index, width, height, self.crop, attempt)
+        data = self._files.read(sample)
+        box = (left, top, left + self.crop, top + self.crop)
+        pixels = decode_rgb(data, self.index.key(sample), box=box)
+        return pixels[:, ::-1] if self.flip and mirror else pixels

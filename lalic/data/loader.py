@@ -1,0 +1,253 @@
+"""Batches of random crops in the global sample order, on any number of ranks and workers.
+
+    MicroBatches (main process)      step, rank -> positions and sample ids, by arithmetic
+    ShardCrops (worker processes)    positions  -> read, decode, crop: uint8 (m, 3, crop, crop)
+    CropLoader (main process)        counts bad samples, turns a worker's failure into one LalicError
+
+With global batch G, R ranks and accumulation A, micro-batch a of rank r at step s holds the positions
+s*G + (a*R + r)*m ... + m, where m = G / (A*R). Steps count from the start of the stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from lalic.data.crops import Failure, ShardCrops
+from lalic.data.images import describe_error
+from lalic.data.index import ShardIndex
+from lalic.data.order import EpochOrder
+from lalic.errors import LalicError
+
+logger = logging.getLogger("lalic.data")
+
+# The share of bad samples is taken of at least this many, so that one early bad sample does not stop a run.
+_LEAST_SEEN = 1000
+
+
+def build_loader(
+    index: ShardIndex,
+    *,
+    crop: int,
+    seed: int,
+    first_epoch: int,
+    start_step: int,
+    num_steps: int,
+    batch_size: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+    window: int = 16,
+    flip: bool = False,
+    max_bad: float = 0.01,
+    pin_memory: bool = False,
+) -> CropLoader:
+    """A torch DataLoader over the micro-batches of steps start_step .. start_step + num_steps - 1 of one
+    stage.
+
+    Args:
+        index: the shards; their sizes are compared with the index before anything is read.
+        crop: side of the square crops in pixels. Samples with a shorter side below it are left out of the
+        stage.
+        seed: of the order and of the crops.
+        first_epoch: the epoch in which position 0 of the stage lies, counted from the start of the run.
+        batch_size: G, samples per step over all ranks and accumulation steps.
+        window: shards that are shuffled into each other.
+        flip: mirror half of the crops left to right.
+        max_bad: largest share of replaced samples, counted over this loader's life and at least 1000 samples.
+        pin_memory: put the batches in page-locked memory.
+
+    Returns:
+        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB; "bad", how
+        many of them replace a bad sample; "positions", int64 (m,).
+
+    Raises:
+        LalicError: settings that do not fit each other, no image as large as the crop, a shard that is
+            missing or cut. While iterating: too many bad samples, a shard that went away, a worker that died.
+    """
+    micro_batch, rest = divmod(batch_size, accumulation * world_size)
+    if batch_size < 1 or rest:
+        raise LalicError(
+            f"the global batch of {batch_size} cannot be divided by {world_size} ranks x {accumulation} "
+            f"accumulation steps: use a multiple of {world_size * accumulation}"
+        )
+    if not 0 <= rank < world_size:
+        raise LalicError(f"rank {rank} is not below the number of ranks, {world_size}")
+    if not 0 <= max_bad <= 1:
+        raise LalicError(f"the allowed share of bad samples is {max_bad}, it must lie between 0 and 1")
+    if crop < 1 or start_step < 0 or num_steps < 0 or workers < 0:
+        raise LalicError(f"crop {crop}, step {start_step}, {num_steps} steps, {workers} workers: out of range")
+    eligible = eligible_samples(index, crop, log=rank == 0)
+    index.check_files()
+    order = EpochOrder(index.shard[eligible], seed, window, first_epoch)
+    batches = MicroBatches(
+        order, eligible, micro_batch, accumulation, rank, world_size, start_step, start_step + num_steps
+    )
+    crops = ShardCrops(index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip)
+    return CropLoader(crops, batches, index=index, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
+
+
+def eligible_samples(index: ShardIndex, crop: int, *, log: bool = False) -> np.ndarray:
+    """Ids of the samples a stage with this crop uses; LalicError when there are none."""
+    eligible = index.eligible(crop)
+    if not len(eligible):
+        largest = index.largest_side()
+        remedy = f"use a crop of at most {largest}" if largest else "the shards are empty, make them again"
+        raise LalicError(f"a crop of {crop} is larger than every image in {index.folder}: {remedy}")
+    if log and len(eligible) < len(index):
+        logger.info(
+            "%d of %d images are smaller than the crop of %d and are left out of this stage",
+            len(index) - len(eligible),
+            len(index),
+            crop,
+        )
+    return eligible
+
+
+@dataclass
+class MicroBatches(Sampler[tuple[np.ndarray, np.ndarray]]):
+    """Yields (positions, sample ids), both int64 (m,), for one rank's micro-batches in order."""
+
+    order: EpochOrder
+    eligible: np.ndarray
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world_size: int
+    start_step: int
+    stop_step: int
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        batch = self.micro_batch * self.accumulation * self.world_size
+        for step in range(self.start_step, self.stop_step):
+            for micro in range(self.accumulation):
+                start = step * batch + (micro * self.world_size + self.rank) * self.micro_batch
+                stop = start + self.micro_batch
+                yield np.arange(start, stop), self.eligible[self.order.samples(start, stop)]
+
+
+class CropLoader(DataLoader[Any]):
+    """The DataLoader of `build_loader`: counts bad samples, turns workers' failures into LalicErrors."""
+
+    def __init__(
+        self,
+        crops: ShardCrops,
+        batches: MicroBatches,
+        *,
+        index: ShardIndex,
+        max_bad: float,
+        workers: int,
+        pin_memory: bool,
+    ) -> None:
+        super().__init__(
+            crops,
+            sampler=batches,
+            batch_size=None,  # an item of the dataset is a micro-batch
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            # Iterating draws a seed for the workers, which nothing here uses. Drawn from the global generator,
+            # it would change the training noise of a run each time that run is resumed.
+            generator=torch.Generator(),
+        )
+        self.index, self.max_bad = index, max_bad
+        self.seen = self.bad = 0
+        self._logged: set[int] = set()
+
+    def __iter__(self) -> Any:
+        batches = super().__iter__()
+        try:
+            while (batch := _next(batches)) is not None:
+                if isinstance(batch, Failure):
+                    raise LalicError(batch.message)
+                self._count(len(batch["x"]), batch["bad"], batch.pop("bad_samples"))
+                yield batch
+        finally:
+            # torch does this when the iterator is collected. An error's traceback keeps it in a cycle, though, and
+            # when a cycle is collected the queues go first: the workers are not told, and torch waits for them.
+            shutdown = getattr(batches, "_shutdown_workers", None)
+            if shutdown is not None:
+                shutdown()
+
+    def _count(self, seen: int, bad: int, bad_samples: list[tuple[int, str]]) -> None:
+        self.seen += seen
+        self.bad += bad
+        for sample, reason in bad_samples:
+            if sample not in self._logged:
+                self._logged.add(sample)
+                logger.warning("bad sample %s is replaced: %s", self.index.describe(sample), reason)
+        if self.bad > self.max_bad * max(self.seen, _LEAST_SEEN):
+            raise LalicError(
+                f"{self.bad} of {self.seen} samples could not be read, more than the allowed share of "
+                f"{self.max_bad}: check the shards in {self.index.folder}; the last bad sample was "
+                f"{self.index.describe(bad_samples[-1][0])}"
+            )
+
+
+def worker_failure(error: Exception) -> LalicError | None:
+    """The one line for torch's RuntimeError about a dead worker process, None for any other error.
+
+    torch raises it from a signal handler, so it can appear anywhere in the main process while a loader is in use,
+    not only where a batch is asked for. Workers are killed by the kernel for memory, or by a bus error when shared
+    memory is full.
+    """
+    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
+        return None
+    return LalicError(
+        f"a data loading process died ({describe_error(error)}): "
+        "probably no memory or no room in /dev/shm; use fewer workers"
+    )
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next item, None at the end; LalicError when a worker process has died."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # The connection breaks when it died while its batch was being fetched, before torch has noticed.
+        noticed = error if isinstance(error, RuntimeError) else RuntimeError(f"DataLoader worker: {error}")
+        failure = worker_failure(noticed)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ignore what is sent to the whole process group or job step; the main process decides what it means.
+
+    On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
+    it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds.
+    """
+    for stop in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(stop, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # Blocked before the thread begins, so that it has the same mask and no other thread takes the signal.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_request_of, args=(parent.pid,), daemon=True).start()
+
+
+def _end_at_request_of(process: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
+        pass
+    os._exit(0)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
