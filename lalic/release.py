@@ -1,0 +1,257 @@
+"""Release bundles: a folder that holds one model in a form that people can keep, check and use.
+
+    release/lalic-mse-q3/
+        lalic-mse-q3.pth     plain state dict in the published layout
+        model.safetensors    the same tensors, the hyper transforms under their short names only
+        config.json          architecture, metric, lambda, quality label, step, fingerprint, versions
+        metrics.json         validation metrics of the checkpoint, {} when there are none
+        README.md            model card
+        SHA256SUMS           checksums of all the files above, for `sha256sum -c`
+
+Nothing in a bundle is ever unpickled as code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lalic.card import model_card
+from lalic.errors import LalicError
+from lalic.files import fsync_folder, sha256_of, write_json, write_text
+from lalic.ladder import quality_of, release_name
+from lalic.metrics import json_ready
+from lalic.model import LALIC, fingerprint, load_weights, published_state_dict
+from lalic.model.weights import deduplicate
+
+FORMAT = 1
+SUMS = "SHA256SUMS"
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+
+
+@dataclass
+class Weights:
+    """A model in evaluation mode and what is known about where it comes from."""
+
+    model: LALIC
+    name: str
+    source: str
+    step: int | None = None
+    loss: dict[str, Any] = field(default_factory=dict)
+    """{"metric", "lambda"}; empty when the file does not say."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`lalic.model.fingerprint` of the model, computed once: it takes seconds for the published size."""
+        return fingerprint(self.model)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, or a training run.
+
+    Of a training run, the newest complete checkpoint is taken. Raises LalicError in one line.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return Weights(load_weights(path), stem_of(path), str(path), loss=_loss_from_name(stem_of(path)))
+    if (path / CONFIG).exists() and (path / SAFETENSORS).exists() and not (path / "meta.json").exists():
+        return _open_bundle(path)
+    if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
+        return open_checkpoint(path)
+    raise LalicError(f"{path} is neither a release bundle nor a training run nor a checkpoint folder")
+
+
+def open_checkpoint(path: Path, step: int | None = None) -> Weights:
+    """Open a training run (its newest complete checkpoint, or that of `step`) or one checkpoint's folder."""
+    from lalic.training.checkpoint import find_checkpoint, load_model, problem, read_meta
+
+    if (path / "meta.json").exists():
+        folder = path
+        if reason := problem(folder):
+            raise LalicError(f"{folder} is damaged: {reason}; take another checkpoint of the run")
+    else:
+        folder = find_checkpoint(path, step)
+    meta = read_meta(folder)
+    name = f"{folder.parent.parent.resolve().name}-{folder.name}"
+    model = load_model(folder).eval()
+    loss, metrics = dict(meta.get("loss") or {}), dict(meta.get("metrics") or {})
+    return Weights(model, name, str(folder), meta.get("step"), loss, metrics)
+
+
+def _open_bundle(folder: Path) -> Weights:
+    config = verify_bundle(folder, only=(CONFIG, SAFETENSORS))
+    model = load_weights(folder)
+    name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
+    weights = Weights(model, name, str(folder), config.get("step"), loss)
+    if weights.fingerprint != config["fingerprint"]:
+        raise LalicError(f"{folder}: the weights are not those that its {CONFIG} names; get the bundle again")
+    return weights
+
+
+def write_bundle(
+    weights: Weights, output: Path, *, force: bool = False, recipe: Mapping[str, Any] | None = None
+) -> Path:
+    """Write `output/NAME/` whole or not at all; NAME follows from metric and lambda (lalic.ladder).
+
+    An existing bundle of the same content is left as it is; another one is replaced only with `force`.
+    `recipe` is what the model card tells about the training.
+    """
+    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
+    name = release_name(metric, lmbda)
+    target = output / name
+    output.mkdir(parents=True, exist_ok=True)
+    temporary = output / f".{name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _fill(temporary, name, weights, recipe or {})
+        _move_into_place(temporary, target, force)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _fill(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any]) -> None:
+    state = published_state_dict(weights.model)
+    torch.save(state, folder / f"{name}.pth")
+    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
+    save_file(deduplicate(state), folder / SAFETENSORS, metadata={"format": "pt"})
+    # save_file makes it readable for the owner alone.
+    shutil.copymode(folder / f"{name}.pth", folder / SAFETENSORS)
+    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
+    config = {
+        "format": FORMAT,
+        "name": name,
+        "model": weights.model.config,
+        "loss": {"metric": metric, "lambda": lmbda},
+        "quality": quality_of(metric, lmbda),
+        "step": weights.step,
+        "fingerprint": weights.fingerprint,
+        "versions": versions("lalic", "torch", "compressai"),
+    }
+    write_json(folder / CONFIG, config)
+    metrics = json_ready(weights.metrics)
+    write_json(folder / "metrics.json", metrics)
+    sums = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
+    write_text(folder / "README.md", model_card(config, metrics, recipe, weights.model, sums))
+    sums["README.md"] = sha256_of(folder / "README.md")
+    write_text(folder / SUMS, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(folder)
+
+
+def _move_into_place(temporary: Path, target: Path, force: bool) -> None:
+    if not target.exists():
+        os.rename(temporary, target)
+    elif _same_bundle(temporary, target):
+        return
+    elif not force:
+        raise LalicError(f"{target} exists and holds something else: add --force to replace it")
+    else:
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    fsync_folder(target.parent)
+
+
+def _same_bundle(new: Path, existing: Path) -> bool:
+    try:
+        verify_bundle(existing)
+        return (existing / SUMS).read_text() == (new / SUMS).read_text()
+    except (LalicError, OSError):
+        return False
+
+
+def verify_bundle(folder: str | Path, only: Sequence[str] | None = None) -> dict[str, Any]:
+    """Check a bundle's files against its SHA256SUMS and return its config.
+
+    `only` limits the check to some files, which must be listed. Raises LalicError naming the first file
+    that is missing, damaged or not listed.
+    """
+    folder = Path(folder)
+    sums = _read_sums(folder)
+    wanted = [*sums] if only is None else [*only]
+    unlisted = [n for n in (CONFIG, SAFETENSORS, *(only or ())) if n not in sums]
+    if only is None:
+        unlisted += sorted(f.name for f in folder.iterdir() if f.name not in sums and f.name != SUMS)
+    if unlisted:
+        raise LalicError(f"{folder / SUMS} does not list {unlisted[0]}: the bundle is not as it was released")
+    for name in wanted:
+        file = folder / name
+        if not file.is_file():
+            raise LalicError(f"{folder} is incomplete: {name} is missing; get the bundle again")
+        if sha256_of(file) != sums[name]:
+            raise LalicError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}; get the bundle again")
+    return read_config(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a bundle, not checked against its sum; LalicError when it is not one."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LalicError(f"{folder / CONFIG} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "fingerprint" not in config:
+        raise LalicError(f"{folder / CONFIG} is not the configuration of a release bundle")
+    if config.get("format") != FORMAT:
+        raise LalicError(f"{folder} has bundle format {config.get('format')}, this program reads format {FORMAT}")
+    return config
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise LalicError(f"{folder} is not a release bundle: it has no readable {SUMS}") from error
+    sums = {}
+    for line in lines:
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([A-Za-z0-9][A-Za-z0-9._-]*)", line)
+        if not match:
+            raise LalicError(f"{folder / SUMS} is damaged: {line[:80]!r} is not a checksum and a file name")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions by package name; packages that are not installed are left out."""
+    found = {}
+    for package in packages:
+        # A module's own version tells builds apart (2.6.0+cu124), the package's metadata does not.
+        module = sys.modules.get(package.replace("-", "_"))
+        with suppress(PackageNotFoundError):
+            found[package] = str(getattr(module, "__version__", None) or version(package))
+    return found
+
+
+def stem_of(path: Path) -> str:
+    """`ckpt/lalic-mse-q3.pth.tar` -> `lalic-mse-q3`."""
+    return re.sub(r"(\.(pth|pt|tar|safetensors|ckpt))+$", "", path.name)
+
+
+def _loss_from_name(name: str) -> dict[str, Any]:
+    """Metric and lambda of a file that carries a release name, else nothing."""
+    from lalic.ladder import lambda_of
+
+    match = re.search(r"lalic-(mse|ms-ssim)-q([1-6])$", name)
+    return {"metric": match[1], "lambda": lambda_of(match[1], int(match[2]))} if match else {}

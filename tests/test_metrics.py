@@ -1,0 +1,302 @@
+"""Metrics, BD-rate, anchors and pictures against other libraries and hand-computed values."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import correlate1d
+
+from lalic import metrics
+from lalic.anchors import Curve, measure_pillow
+from lalic.bdrate import bd_rate
+from lalic.errors import LalicError
+from lalic.plot import main as plot_main
+from lalic.plot import plot_rd, read_curve, side_by_side
+
+Picture = NDArray[np.uint8]
+
+
+def photo_like(height: int, width: int, seed: int = 0) -> Picture:
+    """Smooth structure with a little noise, so that every metric has something to measure."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / (7 + 3 * c)) + np.cos(columns / (5 + 2 * c)) for c in range(3)]
+    picture = 128 + 50 * np.stack(waves, axis=-1) + rng.normal(0, 4, (height, width, 3))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def noisy(picture: Picture, sigma: float, seed: int = 1) -> Picture:
+    noise = np.random.default_rng(seed).normal(0, sigma, picture.shape)
+    return (picture + noise).round().clip(0, 255).astype(np.uint8)
+
+
+class TestPSNR:
+    def test_off_by_one_everywhere(self) -> None:
+        a = np.full((5, 7, 3), 100, dtype=np.uint8)
+        assert metrics.psnr(a, a + 1) == pytest.approx(20 * math.log10(255), abs=1e-12)
+
+    def test_one_sample_of_many(self) -> None:
+        a = np.zeros((4, 5, 3), dtype=np.uint8)
+        b = a.copy()
+        b[2, 3, 1] = 255
+        assert metrics.psnr(a, b) == pytest.approx(10 * math.log10(4 * 5 * 3), abs=1e-12)
+
+    def test_wraps_no_byte(self) -> None:
+        a, b = np.zeros((2, 2, 3), dtype=np.uint8), np.full((2, 2, 3), 255, dtype=np.uint8)
+        assert metrics.psnr(a, b) == metrics.psnr(b, a) == 0
+
+    def test_as_scikit_image(self) -> None:
+        ours = pytest.importorskip("skimage.metrics")
+        a = photo_like(61, 83)
+        b = noisy(a, 9)
+        expected = ours.peak_signal_noise_ratio(a, b, data_range=255)
+        assert metrics.psnr(a, b) == pytest.approx(expected, abs=1e-10)
+
+    def test_identical_is_infinite(self) -> None:
+        a = photo_like(8, 8)
+        assert metrics.psnr(a, a) == math.inf
+
+    def test_sizes_must_agree(self) -> None:
+        with pytest.raises(ValueError, match="different sizes"):
+            metrics.psnr(photo_like(8, 8), photo_like(8, 9))
+
+    def test_unrounded_sees_what_rounding_hides(self) -> None:
+        a = photo_like(32, 32)
+        inside = a < 255
+        x_hat = torch.from_numpy((a + 0.3 * inside) / 255).permute(2, 0, 1)[None]
+        share = inside.mean()
+        expected = 20 * math.log10(255 / (0.3 * math.sqrt(share)))
+        assert metrics.psnr_unrounded(a, x_hat) == pytest.approx(expected, abs=1e-9)
+        assert metrics.psnr(a, metrics.to_rgb8(x_hat)) == math.inf
+
+    def test_unrounded_clamps(self) -> None:
+        a = np.full((4, 4, 3), 255, dtype=np.uint8)
+        assert metrics.psnr_unrounded(a, torch.full((1, 3, 4, 4), 1.5)) == math.inf
+
+
+class TestPictureConversion:
+    def test_round_trip_of_all_values(self) -> None:
+        a = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+        assert np.array_equal(metrics.to_rgb8(metrics.to_tensor(a)), a)
+
+    @pytest.mark.parametrize(
+        ("value", "byte"), [(-0.1, 0), (0.49 / 255, 0), (0.51 / 255, 1), (254.6 / 255, 255), (1.7, 255)]
+    )
+    def test_clamps_and_rounds(self, value: float, byte: int) -> None:
+        assert metrics.to_rgb8(torch.full((1, 3, 2, 2), value)).tolist() == [[[byte] * 3] * 2] * 2
+
+
+def ms_ssim_by_scipy(a: Picture, b: Picture) -> float:
+    """Wang et al. 2003 in float64 with scipy's filters; sides must be divisible by 16."""
+    weights = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333]
+    taps = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    taps /= taps.sum()
+
+    def blur(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return correlate1d(correlate1d(x, taps, axis=0), taps, axis=1)[5:-5, 5:-5]
+
+    channels = []
+    for c in range(3):
+        x, y = a[..., c] / 255.0, b[..., c] / 255.0
+        product = 1.0
+        for scale, weight in enumerate(weights):
+            mx, my = blur(x), blur(y)
+            vx, vy, vxy = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+            contrast = (2 * vxy + 0.03**2) / (vx + vy + 0.03**2)
+            luminance = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)
+            last = scale == len(weights) - 1
+            product *= float((luminance * contrast if last else contrast).mean()) ** weight
+            if not last:
+                x, y = (p.reshape(p.shape[0] // 2, 2, -1, 2).mean(axis=(1, 3)) for p in (x, y))
+        channels.append(product)
+    return float(np.mean(channels))
+
+
+class TestMSSSIM:
+    def test_as_the_definition(self) -> None:
+        a = photo_like(192, 208)  # divisible by 16: no scale needs padding
+        b = noisy(a, 12)
+        value = metrics.ms_ssim(a, b)
+        assert value == pytest.approx(ms_ssim_by_scipy(a, b), abs=1e-6)
+        assert 0.3 < value < 0.999
+
+    def test_as_compressai(self) -> None:
+        compressai_eval = pytest.importorskip("compressai.utils.eval_model.__main__")
+        a = photo_like(176, 180)
+        b = noisy(a, 6)
+        tensors = [torch.from_numpy(p).permute(2, 0, 1)[None].float() / 255 for p in (a, b)]
+        theirs = compressai_eval.compute_metrics(*tensors, max_val=255)
+        assert metrics.ms_ssim(a, b) == pytest.approx(theirs["ms-ssim-rgb"], abs=1e-5)
+        assert metrics.psnr(a, b) == pytest.approx(theirs["psnr-rgb"], abs=1e-4)
+
+    @pytest.mark.parametrize(("side", "defined"), [(160, False), (161, True)])
+    def test_shortest_side(self, side: int, defined: bool) -> None:
+        a = photo_like(side, 170)
+        assert (metrics.ms_ssim(a, noisy(a, 3)) is not None) == defined
+
+    def test_decibels(self) -> None:
+        assert metrics.decibels(0.99) == pytest.approx(20)
+        assert metrics.decibels(None) is None
+        a = photo_like(170, 170)
+        assert metrics.decibels(metrics.ms_ssim(a, a)) == math.inf
+
+
+class TestRate:
+    def test_bits_per_pixel(self) -> None:
+        assert metrics.bits_per_pixel(100, height=20, width=10) == 4
+
+    def test_estimated_bits_by_hand(self) -> None:
+        likelihoods = {"y": torch.full((1, 2, 2, 2), 0.25), "z": torch.tensor([[0.5, 1.0]])}
+        assert metrics.estimated_bits(likelihoods) == 8 * 2 + 1
+
+    def test_estimated_bits_do_not_drift_in_float32(self) -> None:
+        p = torch.full((3_000_001,), 0.9)
+        exact = -math.log2(float(torch.tensor(0.9))) * p.numel()
+        assert metrics.estimated_bits({"y": p}) == pytest.approx(exact, rel=1e-12)
+
+
+class TestJSON:
+    def test_no_infinity_reaches_a_file(self) -> None:
+        value = {"a": math.inf, "b": [math.nan, 1.0], "c": (None, {"d": -math.inf}), "e": "text", "f": 3}
+        text = json.dumps(metrics.json_ready(value), allow_nan=False)
+        assert json.loads(text) == {"a": None, "b": [None, 1.0], "c": [None, {"d": None}], "e": "text", "f": 3}
+
+    def test_mean_of_what_is_finite(self) -> None:
+        assert metrics.finite_mean([1.0, math.inf, 3.0, None]) == 2
+        assert metrics.finite_mean([math.inf, None]) is None
+
+
+class TestBDRate:
+    @pytest.mark.parametrize(
+        ("dataset", "published"), [("kodak", -15.26), ("clic_professional_valid", -15.41), ("tecnick", -17.63)]
+    )
+    def test_published_figures(self, reference_dir: Path, dataset: str, published: float) -> None:
+        curves = json.loads((reference_dir / "published_rd.json").read_text())["curves"][dataset]
+        lalic, vtm = curves["LALIC-mse"], curves["VTM-9.1"]
+        value = bd_rate(vtm["bpp"], vtm["psnr"], lalic["bpp"], lalic["psnr"])
+        assert round(value, 2) == published
+
+    def test_ten_percent_fewer_bits(self) -> None:
+        rate, quality = [0.1, 0.2, 0.4, 0.8, 1.5], [27.0, 30.0, 33.5, 36.0, 39.0]
+        assert bd_rate(rate, quality, [r * 0.9 for r in rate], quality) == pytest.approx(-10, abs=1e-10)
+
+    def test_order_of_points_is_free(self) -> None:
+        rate, quality = [0.1, 0.2, 0.4, 0.8], [27.0, 30.0, 33.5, 36.0]
+        other = [0.11, 0.19, 0.35, 0.7]
+        forward = bd_rate(rate, quality, other, quality)
+        assert bd_rate(rate[::-1], quality[::-1], other, quality) == forward
+
+    def test_ratio_inverts(self) -> None:
+        a, b = ([0.1, 0.2, 0.4, 0.8], [27.0, 30.0, 33.5, 36.0]), ([0.1, 0.25, 0.5, 0.7], [28.0, 31, 34, 35.5])
+        there, back = bd_rate(*a, *b), bd_rate(*b, *a)
+        assert (1 + there / 100) * (1 + back / 100) == pytest.approx(1, abs=1e-12)
+
+    @pytest.mark.parametrize(
+        ("rate", "quality", "message"),
+        [
+            ([0.1, 0.2, 0.3], [30, 31, 32], "at least 4 points"),
+            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32], "4 rates but 3"),
+            ([0.1, 0.2, 0.3, 0.4], [50, 51, 52, 53], "share no range"),
+            ([0.1, 0.2, 0.15, 0.4], [30, 31, 32, 33], "must rise"),
+            ([0.1, 0.2, 0.3, 0.4], [30, 31, 31, 33], "must rise"),
+            ([0.0, 0.2, 0.3, 0.4], [30, 31, 32, 33], "not positive"),
+            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32, math.inf], "not finite"),
+            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32, None], "empty value"),
+        ],
+        ids=["few", "lengths", "apart", "falling", "repeated", "zero", "infinite", "null"],
+    )
+    def test_what_is_no_curve(self, rate: list[float], quality: list[float], message: str) -> None:
+        with pytest.raises(LalicError, match=message):
+            bd_rate([0.1, 0.2, 0.3, 0.4], [30, 31, 32, 33], rate, quality)
+
+
+class TestAnchors:
+    def test_jpeg_by_hand(self) -> None:
+        pictures = [photo_like(40, 56), photo_like(33, 21, seed=5)]
+        curve = measure_pillow(pictures, "jpeg", qualities=[20, 80])
+        rates, psnrs = [], []
+        for picture in pictures:
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "JPEG", quality=80, optimize=True, subsampling=2)
+            rates.append(len(buffer.getvalue()) * 8 / picture.shape[0] / picture.shape[1])
+            decoded = np.asarray(Image.open(buffer).convert("RGB")).astype(float)
+            psnrs.append(10 * math.log10(255**2 / ((decoded - picture) ** 2).mean()))
+        assert curve.bpp[1] == pytest.approx(np.mean(rates))
+        assert curve.psnr[1] == pytest.approx(np.mean(psnrs))
+        assert curve.bpp[0] < curve.bpp[1]
+        assert curve.psnr[0] < curve.psnr[1]
+
+    def test_webp_over_a_folder(self, tmp_path: Path) -> None:
+        Image.fromarray(photo_like(64, 64)).save(tmp_path / "a.png")
+        curve = measure_pillow(tmp_path, "WEBP", qualities=[10, 60])
+        assert curve.label.startswith("WebP")
+        assert 0 < curve.bpp[0] < curve.bpp[1]
+
+    def test_unknown_format(self) -> None:
+        with pytest.raises(LalicError, match="choose from JPEG, WEBP"):
+            measure_pillow([photo_like(8, 8)], "GIF")
+
+
+class TestPlots:
+    @pytest.mark.parametrize("suffix", [".png", ".svg"])
+    def test_draws(self, tmp_path: Path, suffix: str) -> None:
+        pytest.importorskip("matplotlib")
+        curves = [Curve("one point", [0.5], [30.0]), Curve("line", [0.9, 0.2], [33.0, 28.0])]
+        path = tmp_path / "sub" / f"rd{suffix}"
+        plot_rd(curves, path, "Rate-distortion")
+        content = path.read_bytes()
+        if suffix == ".png":
+            assert np.asarray(Image.open(path)).std() > 1
+        else:
+            assert b"<svg" in content
+
+    def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("matplotlib")
+        (tmp_path / "images").mkdir()
+        Image.fromarray(photo_like(32, 32)).save(tmp_path / "images" / "a.png")
+        result = tmp_path / "result.json"
+        result.write_text(json.dumps({"name": "LALIC", "results": {"bpp": [0.4], "psnr": [25.0]}}))
+        output = tmp_path / "rd.png"
+        assert plot_main([str(result), "-o", str(output), "--images", str(tmp_path / "images")]) == 0
+        assert output.stat().st_size > 1000
+        assert str(output) in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "not a result file"),
+            ('{"results": {}}', "not a result file"),
+            ('{"results": {"bpp": [1], "psnr": []}}', "not a curve"),
+        ],
+        ids=["cut", "empty", "lengths"],
+    )
+    def test_what_is_no_result(self, tmp_path: Path, content: str, message: str) -> None:
+        path = tmp_path / "r.json"
+        path.write_text(content)
+        with pytest.raises(LalicError, match=message):
+            read_curve(path)
+
+    def test_missing_values_are_named(self) -> None:
+        with pytest.raises(LalicError, match="no psnr"):
+            Curve("x", [0.1, 0.2], [30.0, None]).values("psnr")
+
+    def test_unknown_suffix(self, tmp_path: Path) -> None:
+        with pytest.raises(LalicError, match=r"\.svg"):
+            plot_rd([Curve("x", [0.1], [30.0])], tmp_path / "rd.jpg", "t")
+
+    def test_side_by_side_keeps_the_pixels(self, tmp_path: Path) -> None:
+        a = photo_like(30, 50)
+        b = noisy(a, 20)
+        path = tmp_path / "pair.png"
+        side_by_side(a, b, path, ("original", "a caption much longer than the picture is wide"))
+        canvas = np.asarray(Image.open(path))
+        assert np.array_equal(canvas[-30:, :50], a)
+        assert np.array_equal(canvas[-30:, -50:], b)
