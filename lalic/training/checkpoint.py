@@ -1,0 +1,224 @@
+"""Checkpoints: the whole state of a run in one folder that is either complete or not there.
+
+    RUN/checkpoints/step-00001000/
+        model.pt        state dict of the model
+        optimizer.pt    both optimisers
+        rng.pt          random number generators of every rank
+        config.yaml     the run's config
+        meta.json       step, stage, position, best so far, validation metrics, versions: for people and programs
+        MANIFEST.json   size and SHA-256 of every file above, written last
+
+A folder is written under a temporary name, synced, and renamed. Which one is the latest is decided by what is
+complete on the disk: a folder whose manifest does not hold is passed over for the one before. Nothing but tensors
+and plain values is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lalic.errors import LalicError
+from lalic.files import fsync_folder, sha256_of, write_json
+
+if TYPE_CHECKING:
+    from lalic.model import LALIC
+
+logger = logging.getLogger("lalic.train")
+
+FOLDER = "checkpoints"
+MANIFEST = "MANIFEST.json"
+META = "meta.json"
+_NAME = re.compile(r"step-(\d{8,})$")
+_TEMPORARY = (".saving-", ".replaced-", ".deleted-")
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint after `step` steps stands."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def save(
+    run: Path, step: int, *, tensors: Mapping[str, Any], texts: Mapping[str, str], meta: Mapping[str, Any]
+) -> Path:
+    """Write one checkpoint: `tensors` {file: what torch.save takes}, `texts` {file: text}, and meta.json.
+
+    When anything fails (a full disk: OSError), nothing is left of it and no other checkpoint is touched.
+    """
+    import torch
+
+    final = folder_of(run, step)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".saving-{final.name}")
+    remove(temporary)
+    temporary.mkdir()
+    try:
+        for name, value in tensors.items():
+            with open(temporary / name, "wb") as file:
+                try:
+                    torch.save(value, file)
+                except RuntimeError as error:
+                    # torch's zip writer hides the error of the write behind one of its own.
+                    if isinstance(error.__context__, OSError):
+                        raise error.__context__ from error
+                    raise
+                _sync(file.fileno())
+        for name, text in texts.items():
+            with open(temporary / name, "w", encoding="utf-8") as text_file:
+                text_file.write(text)
+                text_file.flush()
+                _sync(text_file.fileno())
+        write_json(temporary / META, meta)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(temporary.iterdir())}
+        write_json(temporary / MANIFEST, {"version": 1, "files": files})
+        _move_into_place(temporary, final)
+    except BaseException:
+        remove(temporary)
+        raise
+    return final
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    fsync_folder(temporary)
+    replaced = None
+    if final.exists():
+        # Only a damaged one can stand here: a complete one would have been resumed from.
+        replaced = final.with_name(f".replaced-{final.name}")
+        remove(replaced)
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    fsync_folder(final.parent)
+    if replaced:
+        remove(replaced)
+
+
+def problem(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, or None when it is complete; `contents` compares the sums too."""
+    manifest = checkpoint / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            file = checkpoint / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if contents and sha256_of(file) != entry["sha256"]:
+                return f"{name} has another SHA-256 than when it was written"
+        return None if META in files else f"{META} is missing"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+
+
+def steps_on_disk(run: Path) -> list[int]:
+    """Steps of all checkpoint folders of a run, complete or not, newest first."""
+    folder = run / FOLDER
+    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted((int(match[1]) for name in names if (match := _NAME.match(name))), reverse=True)
+
+
+def find_checkpoint(run_dir: str | Path, step: int | None = None) -> Path:
+    """The newest complete checkpoint of a run, or the one after `step` steps.
+
+    Damaged ones are passed over with a warning. LalicError when there is none.
+    """
+    run = Path(run_dir)
+    steps = steps_on_disk(run)
+    if step is not None:
+        if step not in steps:
+            there = ", ".join(map(str, sorted(steps))) or "none"
+            raise LalicError(f"{run} has no checkpoint of step {step} (there are: {there})")
+        if reason := problem(folder_of(run, step)):
+            raise LalicError(f"{folder_of(run, step)} is damaged: {reason}")
+        return folder_of(run, step)
+    for candidate in steps:
+        reason = problem(folder_of(run, candidate))
+        if reason is None:
+            return folder_of(run, candidate)
+        logger.warning("checkpoint %s is passed over: %s", folder_of(run, candidate), reason)
+    if steps:
+        raise LalicError(f"none of the {len(steps)} checkpoints in {run / FOLDER} is complete")
+    raise LalicError(f"{run} has no checkpoint" if run.is_dir() else f"no such run folder: {run}")
+
+
+def read_meta(checkpoint: str | Path) -> dict[str, Any]:
+    """`meta.json` of a checkpoint folder: step, stage, position, model, loss, best, metrics, versions ..."""
+    path = Path(checkpoint) / META
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LalicError(f"{checkpoint} is no checkpoint: {META} is missing or damaged") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+        raise LalicError(f"{path} is damaged: it holds no step")
+    return meta
+
+
+def load_tensors(checkpoint: str | Path, name: str) -> Any:
+    """One of a checkpoint's .pt files, on the CPU; LalicError when it is not readable safely."""
+    import torch
+
+    path = Path(checkpoint) / name
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise LalicError(f"{path} is missing or damaged: {str(error).splitlines()[0][:200]}") from error
+
+
+def load_model(checkpoint: str | Path) -> LALIC:
+    """The model of a checkpoint folder, float32, on the CPU, in evaluation mode."""
+    from lalic.model import LALIC
+
+    meta = read_meta(checkpoint)
+    try:
+        model = LALIC(**meta["model"])
+        model.load_state_dict(load_tensors(checkpoint, "model.pt"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise LalicError(f"{checkpoint} holds no LALIC model: {' '.join(str(error).split())[:200]}") from error
+    return model.eval()
+
+
+def prune(run: Path, keep: int, protected: Collection[int]) -> None:
+    """Delete old checkpoints: all but the `keep` newest complete ones and those of `protected` steps.
+
+    Call it after a new one is in place. Nothing newer than the oldest kept one is touched, so neither is a
+    damaged one that might tell what happened.
+    """
+    complete = [s for s in steps_on_disk(run) if problem(folder_of(run, s), contents=False) is None]
+    if len(complete) < keep:
+        return
+    oldest_kept = complete[keep - 1]
+    for step in steps_on_disk(run):
+        if step < oldest_kept and step not in protected:
+            doomed = folder_of(run, step).with_name(f".deleted-step-{step:08d}")
+            remove(doomed)
+            # Renamed first: half a checkpoint never stands under a checkpoint's name.
+            os.rename(folder_of(run, step), doomed)
+            remove(doomed)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what an interrupted save or prune left behind."""
+    folder = run / FOLDER
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(_TEMPORARY):
+            remove(path)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    shutil.rmtree(folder, ignore_errors=True)

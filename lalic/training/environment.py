@@ -1,0 +1,66 @@
+"""What a checkpoint records of the process: random number generators, device, code and library versions."""
+
+from __future__ import annotations
+
+import platform
+import random
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import lalic
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The random number generators of this process, as tensors and plain values."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Inverse of `random_state`."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Code and libraries, as meta.json records them."""
+    names = ("torch", "compressai", "accelerate", "numpy", "pytorch-msssim")
+    return {
+        "lalic": lalic.__version__,
+        "code": code_version(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def code_version() -> str:
+    """`git describe` of the checkout that this package runs from; its version number when it is installed."""
+    root = Path(lalic.__file__).parent.parent
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return lalic.__version__

@@ -1,0 +1,265 @@
+"""A run in memory: built anew or from a checkpoint, advanced by steps, written to checkpoints.
+
+config, index, checkpoint ─► Session ── step, validate, save ──► RUN/checkpoints
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from lalic.config import RunConfig, config_text
+from lalic.data.images import list_images
+from lalic.data.index import ShardIndex
+from lalic.data.loader import build_loader, eligible_samples
+from lalic.errors import LalicError
+from lalic.model import LALIC, load_weights
+from lalic.training import checkpoint
+from lalic.training.distributed import check_equal, on_first_rank, seed_from, together
+from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.run_folder import CONFIG, RunFolder
+from lalic.training.schedule import Schedule, Stage, plan
+from lalic.training.step import TrainStep
+from lalic.training.tracking import Tracker
+from lalic.training.validate import validate
+
+logger = logging.getLogger("lalic.train")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before its first step."""
+
+    index: ShardIndex
+    images: list[Path]
+    """To validate on."""
+    schedule: Schedule
+    model: LALIC
+    saved: dict[str, Any] | None
+    """Of the checkpoint to resume from: "meta", "optimizer" and "rng"."""
+
+
+def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
+    """Everything from the disk, on one rank. Raises LalicError for what is missing or does not fit."""
+    index = ShardIndex.load(config.data.shards)
+    images = list_images(config.data.val) if config.data.val else []
+
+    def samples(crop: int) -> int:
+        return len(eligible_samples(index, crop))
+
+    schedule = plan(config.stages, config.train.batch_size, samples)
+    seed = seed_from(config.run.seed)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if resume_from is None:
+        return Inputs(index, images, schedule, new_model(config), None)
+    saved = {
+        "meta": checkpoint.read_meta(resume_from),
+        "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
+        "rng": checkpoint.load_tensors(resume_from, "rng.pt"),
+    }
+    if saved["meta"]["shards"] != index.fingerprint:
+        raise LalicError(
+            f"{config.data.shards} does not hold the samples that this run was started on: point "
+            "data.shards at them, or use another run.dir"
+        )
+    return Inputs(index, images, schedule, checkpoint.load_model(resume_from), saved)
+
+
+class Session:
+    """All that a run is between two steps. `step` counts the optimiser steps that are done."""
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, resume_from: Path | None):
+        self.accelerator, self.config = accelerator, config
+        inputs = together(accelerator, lambda: read_inputs(config, resume_from))
+        self.index, self.images, self.schedule = inputs.index, inputs.images, inputs.schedule
+        self.step = 0
+        self.best: dict[str, Any] | None = None
+        self.metrics: dict[str, Any] | None = None
+        self.saved_step: int | None = None
+        self.stepper = TrainStep(accelerator, inputs.model, config.train, config.loss, config.run.seed)
+        if inputs.saved:
+            self._restore(**inputs.saved)
+
+    @property
+    def model(self) -> LALIC:
+        """The bare model, without DDP."""
+        return self.stepper.bare
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.schedule.total_steps
+
+    def micro_batches(self, stage: Stage) -> Iterator[Mapping[str, Any]]:
+        """This rank's micro-batches of what is left of a stage."""
+        data, train = self.config.data, self.config.train
+        start = self.step - stage.first_step
+        loader = together(
+            self.accelerator,
+            lambda: build_loader(
+                self.index,
+                crop=stage.crop,
+                seed=self.config.run.seed,
+                first_epoch=stage.first_epoch,
+                start_step=start,
+                num_steps=stage.steps - start,
+                batch_size=train.batch_size,
+                accumulation=train.accumulation,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                workers=data.workers,
+                window=data.window,
+                flip=data.flip,
+                max_bad=data.max_bad,
+                pin_memory=self.accelerator.device.type == "cuda",
+            ),
+        )
+        return iter(loader)
+
+    def validation_due(self) -> bool:
+        """Whether this step is to be validated and was not; also right after a resume."""
+        due = self.step % self.config.validate.every == 0 or self.done
+        return bool(self.images) and due and self.step > 0 and (self.metrics or {}).get("step") != self.step
+
+    def validate(self, tracker: Tracker) -> None:
+        """Measure the validation images, and note the step when it is the best so far."""
+        log = self.config.log
+        nth = self.step // self.config.validate.every
+        pictures = log.images if nth % log.images_every == 0 or self.done else 0
+        metrics, shown = validate(
+            self.accelerator,
+            self.model,
+            self.images,
+            self.config.loss,
+            crop=self.config.data.val_crop,
+            pictures=pictures,
+        )
+        # A loss that is not finite is smaller than nothing.
+        is_best = metrics["loss"] < (self.best["loss"] if self.best else float("inf"))
+        self.metrics = {"step": self.step, **metrics}
+        if is_best:
+            self.best = {"step": self.step, "loss": metrics["loss"]}
+        if self.accelerator.is_main_process:
+            tracker.validation(self.step, metrics, shown, is_best)
+
+    def save_due(self) -> bool:
+        """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
+        due = self.step % self.config.checkpoint.every == 0 or self.done
+        is_best = self.best is not None and self.best["step"] == self.step
+        return (due or is_best) and self.saved_step != self.step
+
+    def save(self, folder: RunFolder, *, must: bool) -> None:
+        """Write a checkpoint and prune old ones.
+
+        When that fails (a full disk), nothing older is lost, and the run goes on to the next one with an error in
+        the log; with `must` it ends instead, in one line.
+        """
+        check_equal(self.accelerator, self.model.parameters())
+        generators = gather_object([random_state(self.accelerator.device)])
+
+        def write() -> str | None:
+            try:
+                path = self._write(folder.path, generators)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
+                if must:
+                    raise LalicError(f"{message}; older checkpoints are intact") from error
+                logger.error("%s; the run goes on", message)
+                return None
+            return str(path)
+
+        if on_first_rank(self.accelerator, write) is not None:
+            self.saved_step = self.step
+
+    def _write(self, run: Path, generators: list[Any]) -> Path:
+        stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
+        meta = {
+            "step": self.step,
+            "total_steps": self.schedule.total_steps,
+            "stage": stage.number,
+            "position": (self.step - stage.first_step) * self.config.train.batch_size,
+            "samples": stage.samples,
+            "first_epoch": stage.first_epoch,
+            "model": self.model.config,
+            "loss": {"metric": self.config.loss.metric, "lambda": self.config.loss.multiplier},
+            "best": self.best,
+            "metrics": self.metrics,
+            "shards": self.index.fingerprint,
+            "world_size": self.accelerator.num_processes,
+            "cpu_threads": torch.get_num_threads(),
+            "device": device_name(self.accelerator.device),
+            "versions": versions(),
+        }
+        path = checkpoint.save(
+            run,
+            self.step,
+            tensors={
+                "model.pt": self.model.state_dict(),
+                "optimizer.pt": self.stepper.state_dict(),
+                "rng.pt": dict(enumerate(generators)),
+            },
+            texts={CONFIG: config_text(self.config)},
+            meta=meta,
+        )
+        best = [self.best["step"]] if self.best else []
+        checkpoint.prune(run, self.config.checkpoint.keep, best)
+        logger.info("checkpoint %s", path)
+        return path
+
+    def _restore(self, meta: dict[str, Any], optimizer: dict[str, Any], rng: dict[int, Any]) -> None:
+        self.stepper.load_state_dict(optimizer)
+        rank = self.accelerator.process_index
+        if rank in rng:
+            set_random_state(rng[rank], self.accelerator.device)
+        self.step = self.saved_step = meta["step"]
+        self.best, self.metrics = meta["best"], meta["metrics"]
+        self._tell_what_changed(meta)
+
+    def _tell_what_changed(self, meta: dict[str, Any]) -> None:
+        """Log what keeps the rest of the run from having the bits of an uninterrupted one."""
+        now = {
+            "world_size": self.accelerator.num_processes,
+            "cpu_threads": torch.get_num_threads(),
+            "device": device_name(self.accelerator.device),
+            **versions(),
+        }
+        was = {**{k: meta.get(k) for k in now}, **meta.get("versions", {})}
+        changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v and k != "code"]
+        if changed and self.accelerator.is_main_process:
+            logger.warning(
+                "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
+                ", ".join(changed),
+            )
+
+
+def new_model(config: RunConfig) -> LALIC:
+    """The model of a new run: fresh weights, or those of `train.init_from`."""
+    if config.train.init_from is None:
+        return LALIC(**config.model.arguments())
+    source = Path(config.train.init_from)
+    if (source / checkpoint.FOLDER).is_dir():
+        source = checkpoint.find_checkpoint(source)
+    found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
+    model = LALIC(**config.model.arguments())
+    try:
+        model.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        differing = [f"{k} {v} there, {model.config[k]} here" for k, v in found.config.items() if v != model.config[k]]
+        raise LalicError(
+            f"train.init_from: {source} is of another architecture than the config's model section "
+            f"({'; '.join(differing)})"
+        ) from error
+    logger.info("weights from %s", source)
+    return model

@@ -1,0 +1,168 @@
+"""What a run tells: the log line, RUN/log.jsonl and TensorBoard. On the first rank only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from lalic.config import RunConfig
+from lalic.training.distributed import sum_over_ranks
+from lalic.training.run_folder import LOG, TENSORBOARD
+from lalic.training.schedule import Schedule, Stage
+from lalic.training.step import StepResult
+
+logger = logging.getLogger("lalic.train")
+
+
+class Tracker:
+    """Adds up the values of steps on the device and writes their means over steps and ranks.
+
+    Every rank has one, because the means need all of them; only the first writes. A log that cannot be written
+    (a full disk) is reported once and does not end the run.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: RunConfig, step: int, schedule: Schedule):
+        self.accelerator, self.schedule = accelerator, schedule
+        self.batch_size = config.train.batch_size
+        self._first_step, self._started = step, time.monotonic()
+        self._complained = False
+        self._log = config.folder / LOG
+        self._board: Any = None
+        self._reset()
+        if accelerator.is_main_process:
+            # TensorBoard takes seconds to import.
+            from torch.utils.tensorboard import SummaryWriter
+
+            keep_until(self._log, step)
+            # What a killed run wrote past its last checkpoint is done again and would stand there twice.
+            self._board = SummaryWriter(str(config.folder / TENSORBOARD), purge_step=step + 1 if step else None)
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._bad = 0
+        self._busy = self._waited = 0.0
+
+    def add(
+        self, result: StepResult, micro_batches: Sequence[Mapping[str, Any]], *, seconds: float, waited: float
+    ) -> None:
+        """Take note of one step: its values, how long it took, and how much of that went on waiting for data."""
+        for name, value in result.values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._bad += sum(batch["bad"] for batch in micro_batches)
+        self._busy += seconds
+        self._waited += waited
+
+    def write(self, step: int, stage: Stage) -> None:
+        """Write the means since the last call, as those after `step` steps of the run. All ranks call it."""
+        if not self._steps:
+            return
+        sums = torch.stack([*self._sums.values(), torch.full_like(next(iter(self._sums.values())), self._bad)])
+        *means, bad = sum_over_ranks(self.accelerator, sums).tolist()
+        count = self._steps * self.accelerator.num_processes
+        values = {name: value / count for name, value in zip(self._sums, means, strict=True)}
+        speed = self._steps * self.batch_size / self._busy
+        extra = {
+            "lr": stage.lr,
+            "images_per_second": speed,
+            "data_wait_share": self._waited / self._busy,
+            "bad_samples": int(bad),
+            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
+        }
+        self._reset()
+        if not self.accelerator.is_main_process:
+            return
+        logger.info("%s", self._line(step, stage, values, extra))
+        self._write("train", step, {"stage": stage.number, **values, **extra})
+
+    def _line(self, step: int, stage: Stage, values: Mapping[str, float], extra: Mapping[str, Any]) -> str:
+        total, stages = self.schedule.total_steps, len(self.schedule.stages)
+        left = (time.monotonic() - self._started) / (step - self._first_step) * (total - step)
+        quality = f"ms-ssim {values['ms_ssim']:.4f} " if "ms_ssim" in values else ""
+        return (
+            f"step {step}/{total} ({100 * step / total:.1f} %) stage {stage.number}/{stages} "
+            f"loss {values['loss']:.4f} bpp {values['bpp']:.4f} psnr {values['psnr']:.2f} {quality}"
+            f"aux {values['aux']:.2f} gnorm {values['gradient_norm']:.3f} lr {stage.lr:.1e} "
+            f"{extra['images_per_second']:.1f} img/s wait {100 * extra['data_wait_share']:.0f} % "
+            f"eta {duration(left)}" + (f" bad {extra['bad_samples']}" if extra["bad_samples"] else "")
+        )
+
+    def validation(
+        self, step: int, metrics: Mapping[str, Any], pictures: Sequence[tuple[str, Tensor]], is_best: bool
+    ) -> None:
+        """Write what a validation found. `pictures`: (name, (3, H, W) in [0, 1]). First rank only."""
+        shown = " ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+        best = " (best so far)" if is_best else ""
+        logger.info("validation at step %d: %s on %d images%s", step, shown, metrics["images"], best)
+        self._write("validation", step, dict(metrics))
+        for name, picture in pictures:
+            self._guard(lambda name=name, picture=picture: self._board.add_image(f"validation/{name}", picture, step))
+        self._guard(self._board.flush)
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+
+        def write() -> None:
+            with open(self._log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+        self._guard(write)
+
+    def _guard(self, write: Any) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._complained:
+                logger.error("the log of the run cannot be written any more: %s", error)
+            self._complained = True
+
+    def close(self) -> None:
+        """Write out what TensorBoard holds back."""
+        if self._board is not None:
+            self._guard(self._board.close)
+
+
+def keep_until(log: Path, step: int) -> None:
+    """Drop what a log says of later steps, which a resumed run does again, and a line cut by a kill."""
+    from lalic.files import write_text
+
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_text(log, "".join(kept))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process's tensors took on the GPU, or the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss."""
+    seconds = max(0, round(seconds))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -1,0 +1,106 @@
+"""Loss, rate and quality on a folder of images, the same on any number of ranks.
+
+Whole images, or centre crops of `val_crop`, are padded to multiples of 64 by repeating their edge and the
+reconstruction is cut back; rates count the pixels of the image itself. Quantisation is by rounding, as in coding.
+PSNR is that of the clamped, unrounded reconstruction (lalic.eval also rounds to 8 bits).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from pytorch_msssim import ms_ssim
+from torch import Tensor
+
+from lalic.config import MS_SSIM_MIN_SIDE, STRIDE, LossSection
+from lalic.data.images import read_rgb
+from lalic.errors import LalicError
+from lalic.model import LALIC
+from lalic.training.distributed import sum_over_ranks
+
+logger = logging.getLogger("lalic.train")
+
+_METRICS = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "ms_ssim")
+
+Pictures = list[tuple[str, Tensor]]
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    model: LALIC,
+    images: Sequence[Path],
+    loss: LossSection,
+    *,
+    crop: int | None = None,
+    pictures: int = 0,
+) -> tuple[dict[str, Any], Pictures]:
+    """Means over the images, and original beside reconstruction of the first `pictures` ones (on rank 0).
+
+    Returns {"loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "ms_ssim" (of images above 160 pixels), "images"}.
+    All ranks call it and get the same numbers.
+    """
+    training = model.training
+    model.eval()
+    table = torch.zeros(len(images), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
+    shown: Pictures = []
+    try:
+        for i, path in enumerate(images):
+            wanted = i < pictures and accelerator.is_main_process
+            if i % accelerator.num_processes != accelerator.process_index and not wanted:
+                continue
+            row, picture = _measure(model, _read(path, crop), loss, accelerator.device, path)
+            if i % accelerator.num_processes == accelerator.process_index:
+                table[i] = row
+            if wanted:
+                shown.append((path.name, picture))
+    finally:
+        model.train(training)
+    # Each row comes from one rank, and rows are added in order: the sum does not depend on the ranks.
+    sums = sum_over_ranks(accelerator, table).cpu().sum(dim=0).tolist()
+    with_ms_ssim = sums.pop()
+    metrics: dict[str, Any] = {name: total / len(images) for name, total in zip(_METRICS, sums, strict=True)}
+    metrics["ms_ssim"] = sums[-1] / with_ms_ssim if with_ms_ssim else None
+    return {**metrics, "images": len(images)}, shown
+
+
+def _measure(model: LALIC, image: Tensor, loss: LossSection, device: torch.device, path: Path) -> tuple[Tensor, Tensor]:
+    """A row of the table for one image (3, H, W), and original and reconstruction side by side."""
+    x = image[None].to(device)
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+    output = model(padded)
+    x_hat = output["x_hat"].float()[..., :height, :width].clamp(0, 1)
+    bits = {name: -torch.log2(p.double()).sum() for name, p in output["likelihoods"].items()}
+    bpp_y, bpp_z = (bits[name] / (height * width) for name in ("y", "z"))
+    mse = (x_hat.double() - x.double()).square().mean()
+    large = min(height, width) >= MS_SSIM_MIN_SIDE
+    similarity = ms_ssim(x_hat, x, data_range=1.0).double() if large else torch.zeros_like(mse)
+    if loss.metric == "mse":
+        distortion = 255**2 * mse
+    elif large:
+        distortion = 1 - similarity
+    else:
+        raise LalicError(f"{path}: a side has 160 pixels or less, too few for MS-SSIM: take it out of data.val")
+    total = loss.multiplier * distortion + bpp_y + bpp_z
+    psnr = -10 / math.log(10) * mse.clamp(min=1e-12).log()
+    row = [total, bpp_y + bpp_z, bpp_y, bpp_z, mse, psnr, similarity, torch.full_like(mse, large)]
+    return torch.stack(row), torch.cat((x[0], x_hat[0]), dim=-1).cpu()
+
+
+def _read(path: Path, crop: int | None) -> Tensor:
+    """(3, H, W) in [0, 1], the centre of the image when a crop is asked for."""
+    rgb = read_rgb(path)
+    if crop is not None:
+        height, width = rgb.shape[:2]
+        top, left = max(0, height - crop) // 2, max(0, width - crop) // 2
+        rgb = rgb[top : top + crop, left : left + crop]
+    return torch.from_numpy(np.ascontiguousarray(rgb.transpose(2, 0, 1))).float() / 255
