@@ -1,0 +1,45 @@
+"""The console script `lalic`: one name for every door."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lalic import __version__
+from lalic.errors import fail, run_main
+
+COMMANDS = {
+    "shard": ("lalic.data_prep.shard", "turn folders of photographs into WebDataset shards"),
+    "train": ("lalic.train", "train in this one process (use `accelerate launch -m lalic.train` for more)"),
+    "export": ("lalic.export", "write the release bundle of a run"),
+    "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
+    "plot": ("lalic.plot", "draw R-D curves from results of `lalic eval`"),
+    "compress": ("lalic.codec.cli", "photograph -> .lalic file"),
+    "decompress": ("lalic.codec.cli", ".lalic file -> photograph"),
+    "info": ("lalic.codec.cli", "what a .lalic file holds"),
+    "kernels": ("lalic.kernels.cli", "which BiWKV backends are there, and why not; --build compiles ahead of time"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; each command's module is imported only when it is called."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        raise SystemExit(0 if arguments else 2)
+    if arguments[0] in ("-V", "--version"):
+        print(f"lalic {__version__}")
+        raise SystemExit(0)
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        fail(f"there is no command '{name}' (one of: {', '.join(COMMANDS)})")
+    module = importlib.import_module(COMMANDS[name][0])
+    # One module serves the three commands of the codec and is told which one it is.
+    passed = arguments if COMMANDS[name][0] == "lalic.codec.cli" else rest
+    run_main(lambda: module.main(passed))
+
+
+def _usage() -> str:
+    lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: lalic COMMAND [...]   (lalic COMMAND --help)\n\n" + "\n".join(lines)
