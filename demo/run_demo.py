@@ -152,8 +152,8 @@ def _closing_words(out: Path, result: Path, seconds: float) -> None:
     print(f"{'average':<22}{mean['bpp']:>8.3f}{mean['psnr']:>9.2f}{mean['ms-ssim-db']:>12.2f}")
     print(
         "\nThis is a small model that saw eight photographs, the ones it is measured on, for a few minutes on a"
-        "\nCPU. It is a poor codec, far from JPEG, and says nothing about LALIC; every step it took is the one that"
-        "\na full training takes. The published models need about a week on a GPU for each rate."
+        "\nCPU. It is a poor codec and says nothing about LALIC's quality; every step it took is the one that a full"
+        "\ntraining takes. The published models need about a week on a fast GPU for each rate."
     )
     print(f"\nEverything is in {out}. Time: {int(seconds // 60)} min {int(seconds % 60)} s.")
 

@@ -74,6 +74,8 @@ MIT. If you use LALIC, cite its authors:
 
 ```bibtex
 @inproceedings{{lalic2025,
+  author    = {{Feng, Donghui and Cheng, Zhengxue and Wang, Shen and Wu, Ronghua and
+               Hu, Hongwei and Lu, Guo and Song, Li}},
   title     = {{Linear Attention Modeling for Learned Image Compression}},
   booktitle = {{IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)}},
   year      = {{2025}},

@@ -89,6 +89,7 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
     """Train; an error that all ranks share is printed by the first alone."""
     import torch.distributed
 
+    from lalic.data.loader import worker_failure
     from lalic.training.distributed import SharedError
 
     try:
@@ -97,6 +98,11 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
         if first:
             raise
         return 2
+    except RuntimeError as error:
+        # torch raises this one from a signal handler, wherever the program happens to be.
+        if failure := worker_failure(error):
+            raise failure from error
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -229,3 +229,22 @@ def test_registered_with_compressai():
 
     assert MODELS["LALIC"] is LALIC
     assert issubclass(MODELS["LALIC"], nn.Module)
+
+
+def test_encoder_and_decoder_compute_the_same_bits():
+    """The encoder's latents are channels-last, the decoder builds its own: both must take the same kernels."""
+    torch.manual_seed(0)
+    model = LALIC(N=16, dims=(8, 8, 8, 48, 16, 8), depths=(1, 1, 1, 1), groups=(4, 4, 8, 8, 24)).eval()
+    model.update()
+    seen = {"compress": [], "decompress": []}
+    for context in model.latent_codec.y.channel_context.values():
+        context.register_forward_hook(lambda module, args, out: seen[phase].append(out))
+    y = 3 * torch.randn(1, 48, 92, 92).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        phase = "compress"
+        coded = model.latent_codec.compress(y)
+        phase = "decompress"
+        decoded = model.latent_codec.decompress(coded["strings"], coded["shape"])
+    assert torch.equal(coded["y_hat"], decoded["y_hat"])
+    assert len(seen["compress"]) == len(seen["decompress"]) == 4
+    assert all(map(torch.equal, seen["compress"], seen["decompress"]))

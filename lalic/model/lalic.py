@@ -38,7 +38,19 @@ STRIDE = 64
 """Image sides must be multiples of this: 16 for y, 4 more for z."""
 
 
-class Transform(nn.Sequential):
+class ChannelsLast(nn.Sequential):
+    """Layers that see their input channels-last, whatever layout the caller has.
+
+    Blocks then need no copies. And a convolution takes another kernel, with other rounding, for another layout:
+    the encoder's latents come from g_a and the decoder's from a string, and both must give the same bits.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
+class Transform(ChannelsLast):
     """One of g_a, g_s, h_a, h_s. With a `compute_dtype`, all but the last layer run in that precision.
 
     The last layer stays in float32 because what leaves a transform is quantised, parametrises a distribution or
@@ -49,10 +61,10 @@ class Transform(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W') in the precision of the parameters."""
-        x = x.contiguous(memory_format=torch.channels_last)
         if self.compute_dtype is None:
             return super().forward(x)
         *body, last = self
+        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.compute_dtype):
             for layer in body:
                 x = layer(x)
@@ -215,7 +227,7 @@ def _blocks(dim: int, depth: int) -> list[nn.Module]:
 def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLatentCodec:
     """Space-channel context model of ELIC (arXiv 2203.10886) with Bi-RWKV channel contexts."""
     channel_context = {
-        f"y{k}": nn.Sequential(
+        f"y{k}": ChannelsLast(
             conv3x3(sum(groups[:k]), M),
             BiRWKVBlock(M, hidden_rate=8),
             BiRWKVBlock(M, hidden_rate=8),

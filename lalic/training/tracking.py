@@ -46,7 +46,7 @@ class Tracker:
 
             keep_until(self._log, step)
             # What a killed run wrote past its last checkpoint is done again and would stand there twice.
-            self._board = SummaryWriter(str(config.folder / TENSORBOARD), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(config.folder / TENSORBOARD), purge_step=step + 1)
 
     def _reset(self) -> None:
         self._sums: dict[str, Tensor] = {}

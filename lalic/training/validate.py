@@ -46,10 +46,11 @@ def validate(
     """Means over the images, and original beside reconstruction of the first `pictures` ones (on rank 0).
 
     Returns {"loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "ms_ssim" (of images above 160 pixels), "images"}.
-    All ranks call it and get the same numbers.
+    All ranks call it and get the same numbers. Always in float32: bfloat16 is for training alone.
     """
-    training = model.training
+    training, compute_dtype = model.training, model.g_a.compute_dtype
     model.eval()
+    model.set_compute_dtype(None)
     table = torch.zeros(len(images), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
     shown: Pictures = []
     try:
@@ -64,6 +65,7 @@ def validate(
                 shown.append((path.name, picture))
     finally:
         model.train(training)
+        model.set_compute_dtype(compute_dtype)
     # Each row comes from one rank, and rows are added in order: the sum does not depend on the ranks.
     sums = sum_over_ranks(accelerator, table).cpu().sum(dim=0).tolist()
     with_ms_ssim = sums.pop()

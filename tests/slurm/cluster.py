@@ -50,7 +50,7 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Start with `start()`, always end with `stop()`: it ends the processes it started, by pid."""
+    """Start with `start()`, always end with `stop()`: it ends its jobs, and the processes it started by pid."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -76,6 +76,12 @@ class Cluster:
         self._wait(lambda: self.run("sinfo", "-h", "-o", "%t %D").strip() == f"idle {len(NODES)}", "nodes idle")
 
     def stop(self) -> None:
+        """End all jobs, so that none of their processes stays behind, then the daemons."""
+        try:
+            self.run("scancel", "--user=root")
+            self._wait(lambda: not self.run("squeue", "--noheader").strip(), "no job left")
+        except RuntimeError as error:
+            print(f"jobs could not be ended: {error}")
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:

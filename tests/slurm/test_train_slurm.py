@@ -60,7 +60,8 @@ def _config(folder, steps):
 
 
 def _submit(cluster, folder, config, run, *options):
-    arguments = ["--nodes=2", f"--output={run.replace(chr(47), chr(45))}-%j.txt", *options, "launch/train.slurm", config, f"run.dir={run}"]
+    output = f"--output={run.replace('/', '-')}-%j.txt"
+    arguments = ["--nodes=2", output, *options, "launch/train.slurm", config, f"run.dir={run}"]
     return cluster.submit(folder, arguments, LALIC_PYTHON=sys.executable, OMP_NUM_THREADS="1")
 
 
@@ -121,7 +122,8 @@ def test_a_run_that_cannot_start_is_not_requeued(cluster, checkout):
 def test_the_ladder_as_an_array(cluster, checkout):
     config = _config(checkout, 2)
     arguments = ["--array=1-2", "--nodes=1", "--output=ladder-%a.txt", "launch/train.slurm", config]
-    cluster.submit(checkout, arguments, LALIC_PYTHON=sys.executable)
+    job = cluster.submit(checkout, arguments, LALIC_PYTHON=sys.executable)
     runs = [checkout / f"runs/tiny2-q{q}" for q in (1, 2)]
     _wait(lambda: all((run / "DONE").exists() for run in runs), "both rungs", checkout)
+    _wait(lambda: all(_ended(cluster, f"{job}_{q}") == "COMPLETED" for q in (1, 2)), "both jobs end", checkout)
     assert "quality: 2" in (runs[1] / "config.yaml").read_text()
