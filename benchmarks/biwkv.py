@@ -144,6 +144,7 @@ def environment(threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "load_average": os.getloadavg()[0],
+        "nice": os.nice(0),
         "backend": backend.for_device(torch.device("cpu")).name,
         "flags": builder.flags(),
         "torch": torch.__version__,
@@ -178,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, row in result["times"].items():
         print(f"{name:28} {row['min_ms']:9.2f} ms fastest {row['median_ms']:9.2f} ms median")
     for name, row in result["ratios"].items():
-        remark = "" if row["met"] else "  MISSED"
-        print(f"{name:28} {row['of_minima']:8.1f}x  {row['median_of_rounds']:8.1f}x median {row['demanded']:>8}{remark}")
+        demand = f"demanded {row['demanded']}" + ("" if row["met"] else ", MISSED")
+        print(f"{name:28} {row['of_minima']:8.1f}x  {row['median_of_rounds']:8.1f}x median   {demand}")
     if arguments.output:
         from lalic.files import write_json
 

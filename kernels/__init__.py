@@ -2,7 +2,7 @@
 
     reference.py   the definition, and BiWKV in plain PyTorch (chunked.py: one exponent per chunk)
     biwkv_scan.h   the algebra of the scan, for every machine
-    biwkv_cpu.cpp  the C++ kernel for CPUs (biwkv_strip.h, biwkv_wide.h, simd.h)
+    biwkv_cpu.cpp  the C++ kernel for CPUs (biwkv_strip.h, biwkv_wide.h, biwkv_layout.h, simd.h)
     builder.py     compiles it on first use; backend.py chooses; cli.py is `lalic kernels`
 """
 

@@ -52,8 +52,10 @@ class Plan {
  public:
   Plan(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v)
       : w_(w.contiguous()), u_(u.contiguous()),
-        problem_{k.size(1), k.size(2), w_.const_data_ptr<T>(), u_.const_data_ptr<T>(), input<T>(k), input<T>(v)},
-        samples_(k.size(0)), blocks_(divide(problem_.C, kLanes)), chunks_(Strip<T>::chunks_of(problem_.T_)),
+        problem_{k.size(0), k.size(1), k.size(2), w_.const_data_ptr<T>(), u_.const_data_ptr<T>(), input<T>(k),
+                 input<T>(v)},
+        samples_(k.size(0)), blocks_(divide(problem_.channels, kLanes)),
+        chunks_(divide(problem_.tokens, lalic::kChunk)),
         workspace_(at::empty({samples_ * blocks_ * chunks_ * int64_t(sizeof(Chunk<T>))}, at::kByte)) {
     // A thread takes neighbouring blocks of channels together, because memory wants to be read in sequence: as
     // few groups of at most kGroup as give every thread the same work, or so many that it does not matter.

@@ -13,29 +13,9 @@
 
 #include <algorithm>
 
-#include "biwkv_wide.h"
-#include "simd.h"
+#include "biwkv_layout.h"
 
 namespace lalic {
-
-// A (B, T, C) tensor with any strides. T may be const.
-template <class T>
-struct View {
-  T* data;
-  int64_t stride_b, stride_t, stride_c;
-
-  View from(int64_t b, int64_t t, int64_t c) const {
-    return {data + b * stride_b + t * stride_t + c * stride_c, stride_b, stride_t, stride_c};
-  }
-  T& at(int64_t t, int64_t c) const { return data[t * stride_t + c * stride_c]; }
-};
-
-template <class T>
-struct Problem {
-  int64_t T_, C;
-  const T *w, *u;
-  View<const T> k, v;
-};
 
 template <class T>
 struct Chunk {
@@ -48,30 +28,28 @@ struct Chunk {
 };
 
 template <class T>
-class Strip {
-  using Vector = typename Lanes<T>::Vector;
+class Strip : StripLayout<T> {
+  using Base = StripLayout<T>;
+  using typename Base::Vector;
   using Wide = typename Lanes<T>::Wide;
-  static constexpr int kLanes = Lanes<T>::count;
+  using Base::b_, Base::C_, Base::channel_, Base::count_, Base::kLanes, Base::lanes_, Base::tokens_;
+  using Base::destination, Base::finish, Base::length_of, Base::prefetch, Base::rows;
   // How far exponents may spread under one reference, and weights may grow inside a chunk: e^-kSpread e^-kGrowth
   // and the inverse are still normal numbers.
   static constexpr T kSpread = sizeof(T) == 4 ? 45 : 300;
   static constexpr T kGrowth = sizeof(T) == 4 ? 15 : 100;
 
  public:
-  static int64_t chunks_of(int64_t tokens) { return (tokens + kChunk - 1) / kChunk; }
-
-  // Sample b, channels [channel, channel + kLanes); `chunks` has room for chunks_of(T) of them. A thread takes
-  // the `group` blocks of channels from `first` on together, chunk by chunk.
+  // `chunks` has room for all chunks of the strip. See StripLayout for the rest.
   Strip(const Problem<T>& problem, int64_t b, int64_t first, int64_t group, int64_t channel, Chunk<T>* chunks)
-      : tokens_(problem.T_), lanes_(int(std::min<int64_t>(kLanes, problem.C - channel))), b_(b), first_(first), group_(group),
-        channel_(channel), C_(problem.C), count_(chunks_of(tokens_)), chunks_(chunks), k_(problem.k.from(b, 0, channel)),
-        v_(problem.v.from(b, 0, channel)) {
+      : Base(problem.samples, problem.tokens, problem.channels, b, first, group, channel), chunks_(chunks),
+        k_(problem.k.from(b, 0, channel)), v_(problem.v.from(b, 0, channel)) {
     for (int j = 0; j < kLanes; ++j) {
       w_[j] = j < lanes_ ? problem.w[channel + j] : 0;
       u_[j] = j < lanes_ ? problem.u[channel + j] : 0;
       q_[j] = std::exp(-w_[j]);
       bonus_[j] = std::exp(u_[j]);
-      wide_ = wide_ || w_[j] * kChunk < -kGrowth || u_[j] < -kGrowth || u_[j] > 2 * kGrowth;
+      wide_ = wide_ || w_[j] * std::min<int64_t>(kChunk, tokens_) < -kGrowth || u_[j] < -kGrowth || u_[j] > 2 * kGrowth;
     }
   }
 
@@ -139,14 +117,14 @@ class Strip {
     const Vector m = reference(chunk), q = q_, bonus = bonus_;
     right_sums(k, v, next, m, in_units_of(chunk.right, m), length, E, rights);
     Sums<Vector> left = in_units_of(chunk.left, m);
-    Prefetch next_y = prefetch(y_view, next);
+    Prefetch next_y = prefetch(y_view, next, y);
     for (int t = 0; t < length; ++t) {
       next_y.template step<1>();
       const Vector x = v.load(t);
       y.store(t, output(left, rights[t], bonus * E[t], x).y);
       push(left, q, E[t] * x, E[t]);
     }
-    write_back(y, y_view, c);
+    finish(y, y_view, c);
   }
 
   void gradient_sums(int64_t c, int64_t next, const View<const T>& gy_all) {
@@ -199,7 +177,7 @@ class Strip {
     // To the right: the sums over the left, each token's g, and what g on the left gives.
     Sums<Vector> left = in_units_of(chunk.left, m), g_left = in_units_of(chunk.g_left, -m);
     Vector across{}, gu{};
-    Prefetch next_gy = prefetch(gy_view, next), next_gk = prefetch(gk_view, next);
+    Prefetch next_gy = prefetch(gy_view, next), next_gk = prefetch(gk_view, next, gk);
     for (int t = 0; t < length; ++t) {
       next_gy.step();
       next_gk.template step<1>();
@@ -214,7 +192,7 @@ class Strip {
     }
     // Back to the left: what g on the right gives.
     Sums<Vector> g_right = in_units_of(chunk.g_right, -m);
-    Prefetch next_gv = prefetch(gv_view, next);
+    Prefetch next_gv = prefetch(gv_view, next, gv);
     for (int t = length - 1; t >= 0; --t) {
       next_gv.template step<1>();
       across += pairs(lefts[t], g_right);
@@ -224,8 +202,8 @@ class Strip {
       gu += out.gu;
       push(g_right, q, g[t].num, g[t].den);
     }
-    write_back(gk, gk_view, c);
-    write_back(gv, gv_view, c);
+    finish(gk, gk_view, c);
+    finish(gv, gv_view, c);
     chunk.gw = -q * across;
     chunk.gu = gu;
   }
@@ -244,50 +222,12 @@ class Strip {
   }
 
  private:
-  int length_of(int64_t c) const { return int(std::min<int64_t>(kChunk, tokens_ - c * kChunk)); }
-
   // Whether all lanes of x are at most `limit`; NaN, as of -inf - -inf, is not.
   static bool all_within(const Vector& x, T limit) {
     const auto inside = x <= limit;
     bool all = true;
     for (int j = 0; j < kLanes; ++j) all &= inside[j] != 0;
     return all;
-  }
-
-  // The tokens of a chunk as rows of full vectors: in place where they stand so, else copied to `room`, with
-  // zeros in the lanes beyond the last channel.
-  template <class Element>  // T or const T
-  Rows<Element> rows(const View<Element>& x, int64_t c, Vector* room) const {
-    const int64_t start = c * kChunk;
-    if (lanes_ == kLanes && x.stride_c == 1) return {x.data + start * x.stride_t, x.stride_t};
-    for (int t = 0; t < length_of(c); ++t) {
-      room[t] = Vector{};
-      for (int j = 0; j < lanes_; ++j) room[t][j] = x.at(start + t, j);
-    }
-    return {reinterpret_cast<T*>(room), kLanes};
-  }
-
-  // This strip's share of the lines that its group of strips will touch in chunk `next` of x.
-  template <class Element>
-  Prefetch prefetch(const View<Element>& x, int64_t next) const {
-    if (x.stride_c != 1 || next < 0 || next >= count_) return {nullptr, nullptr, 0, 0};
-    const int64_t line = (channel_ - first_) / kLanes * kChunk, size = sizeof(T);
-    const auto* row = reinterpret_cast<const char*>(x.data - (channel_ - first_) +
-                                                    (next * kChunk + line / group_) * x.stride_t);
-    return {row + line % group_ * 64, row + group_ * 64, group_ * 64, x.stride_t * size};
-  }
-
-  // Where the rows of an output may be written; `write_back` brings them home.
-  Rows<T> destination(const View<T>& x, int64_t c, Vector* room) const {
-    if (lanes_ == kLanes) return {x.data + c * kChunk * x.stride_t, x.stride_t};
-    return {reinterpret_cast<T*>(room), kLanes};
-  }
-
-  void write_back(const Rows<T>& from, const View<T>& x, int64_t c) const {
-    if (lanes_ == kLanes) return;
-    for (int t = 0; t < length_of(c); ++t) {
-      for (int j = 0; j < lanes_; ++j) x.at(c * kChunk + t, j) = from.data[t * from.stride + j];
-    }
   }
 
   // The exponent that the fast path's sums of a chunk refer to: the largest weight that reaches it.
@@ -402,9 +342,6 @@ class Strip {
     }
   }
 
-  int64_t tokens_;
-  int lanes_;
-  int64_t b_, first_, group_, channel_, C_, count_;
   Chunk<T>* chunks_;
   View<const T> k_, v_;
   Vector w_{}, u_{}, q_{}, bonus_{};

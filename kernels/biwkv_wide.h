@@ -1,6 +1,6 @@
 // BiWKV for one channel of one chunk with an exponent per token, in double: for inputs whose exponents spread
 // too far for one reference exponent (a token that dominates its chunk under a strong decay, a strong growth).
-// About thirty times slower than the fast path, and any finite input is in its domain.
+// Nearly a hundred times slower than the fast path; any finite input is in its domain.
 #pragma once
 
 #include <algorithm>

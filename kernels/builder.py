@@ -28,12 +28,13 @@ from pathlib import Path
 import torch
 
 from lalic.errors import LalicError
+from lalic.files import fsync_folder
 
 log = logging.getLogger("lalic.kernels")
 
 SOURCE_FOLDER = Path(__file__).parent
 CPU_SOURCES = ("biwkv_cpu.cpp",)
-HEADERS = ("biwkv_scan.h", "biwkv_strip.h", "biwkv_wide.h", "simd.h")
+HEADERS = ("biwkv_layout.h", "biwkv_scan.h", "biwkv_strip.h", "biwkv_wide.h", "simd.h")
 LIBRARY = "lalic_cpu.so"
 
 # No -ffast-math: NaN, infinity and the order of sums stay as written. The first two flags only drop errno and
@@ -161,13 +162,18 @@ def _compile(command: str, program: str, path: Path) -> None:
         done = subprocess.run([program, "-C", str(temporary)], capture_output=True, text=True)
         if done.returncode != 0:
             raise BuildError(f"the C++ compiler failed: {_first_error(done.stdout + done.stderr)}")
+        with open(temporary / LIBRARY, "rb") as library:
+            os.fsync(library.fileno())
         # Every user of the cache may read it; mkdtemp is for the owner alone.
         temporary.chmod(0o755)
+        if folder.exists() and not path.exists():
+            shutil.rmtree(folder)  # somebody deleted the library but not its folder
         try:
             os.rename(temporary, folder)
         except OSError:
             if not path.exists():  # without a lock another process may have been first: then its library serves
                 raise
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.info("compiled the C++ kernel in %.0f s", time.monotonic() - started)

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 
 #include "biwkv_scan.h"
 
@@ -91,38 +89,5 @@ template <>
 struct Math<Double8> : DoubleMath<Double8, Long8> {};
 template <>
 struct Math<Double16> : DoubleMath<Double16, Long16> {};
-
-// Rows of one vector each, `stride` numbers apart: the tokens of a chunk, one lane per channel.
-template <class T>
-struct Rows {
-  using Vector = typename Lanes<std::remove_const_t<T>>::Vector;
-  T* data;
-  int64_t stride;
-
-  LALIC_HD Vector load(int64_t t) const {
-    Vector x;
-    std::memcpy(&x, data + t * stride, sizeof x);
-    return x;
-  }
-  LALIC_HD void store(int64_t t, const Vector& x) const { std::memcpy(data + t * stride, &x, sizeof x); }
-};
-
-// Asks for the lines of a block of memory in the order of their addresses, one at each `step`. Strips read every
-// sixth line or so of a chunk, which the hardware's prefetcher does not follow well; a sequence it does.
-struct Prefetch {
-  const char* place;
-  const char* row_end;
-  int64_t row_bytes, stride_bytes;
-
-  template <int kWrite = 0>
-  LALIC_HD void step() {
-    __builtin_prefetch(place, kWrite);
-    place += 64;
-    if (place >= row_end) {
-      place += stride_bytes - row_bytes;
-      row_end += stride_bytes;
-    }
-  }
-};
 
 }  // namespace lalic

@@ -247,6 +247,18 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, int, int], two_th
             assert all(torch.equal(a, b) for a, b in zip(once, run_cpp(case), strict=True)), threads
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_large_results_have_the_same_bits(dtype: torch.dtype) -> None:
+    """Results above 8 MiB are written past the caches; one sample of them is below."""
+    case = random_case(2, 8256 if dtype == torch.float32 else 4128, 128, seed=18).to(dtype)
+    assert case.v.nbytes > 8 << 20 > case.v[:1].nbytes
+    whole = run_cpp(case)
+    for b in range(2):
+        one = run_cpp(Case(case.w, case.u, *(x[b : b + 1] for x in case[2:])))
+        for i in (0, 3, 4):
+            assert torch.equal(whole[i][b : b + 1], one[i]), NAMES[i]
+
+
 def operator_inputs(dtype: torch.dtype = torch.float64, T: int = 7, C: int = 5) -> list[Tensor]:
     return [x.to(dtype).requires_grad_() for x in random_case(2, T, C, seed=12)[:4]]
 

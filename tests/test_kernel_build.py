@@ -140,6 +140,17 @@ def test_failing_compiler_is_an_error_with_its_reason(tmp_path: Path, sources: P
     assert not libraries(tmp_path / "cache") and not list((tmp_path / "cache").glob(".build-*"))
 
 
+def test_deleted_library_is_built_again(tmp_path: Path, sources: Path, monkeypatch) -> None:
+    require_compiler()
+    monkeypatch.setattr(builder, "SOURCE_FOLDER", sources)
+    monkeypatch.setattr(builder, "CPU_SOURCES", ("tiny.cpp",))
+    monkeypatch.setattr(builder, "HEADERS", ())
+    monkeypatch.setenv("LALIC_BUILD_DIR", str(tmp_path / "cache"))
+    library = builder.build_cpu()
+    library.unlink()
+    assert builder.build_cpu() == library and library.exists()
+
+
 def test_missing_tools_are_named(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     monkeypatch.delenv("CXX", raising=False)
