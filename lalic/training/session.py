@@ -236,7 +236,7 @@ class Session:
             **versions(),
         }
         was = {**{k: meta.get(k) for k in now}, **meta.get("versions", {})}
-        changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v and k != "code"]
+        changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
         if changed and self.accelerator.is_main_process:
             logger.warning(
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
