@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -28,8 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Freed tensors must stay with the process, or page faults dominate. glibc ignores a threshold above 32 MiB.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the checkout
 
 # name: (numerator, denominator, demanded, whether a larger ratio is better)
 RATIOS = {
@@ -128,32 +126,6 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {"times": times, "ratios": ratios}
 
 
-def environment(threads: int) -> dict[str, Any]:
-    """What the figures depend on."""
-    import torch
-    from lalic.kernels import backend, builder
-
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {
-        "device": "cpu",
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load_average": os.getloadavg()[0],
-        "nice": os.nice(0),
-        "backend": backend.for_device(torch.device("cpu")).name,
-        "flags": builder.flags(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "malloc": {name: os.environ.get(name) for name in MALLOC},
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write it where asked; 1 when a demand is missed."""
     parser = argparse.ArgumentParser(prog="benchmarks/biwkv.py", description=__doc__.splitlines()[0])
@@ -171,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": dict(zip("BTC", arguments.shape, strict=True)),
         "dtype": "float32",
         "rounds": arguments.rounds,
-        "environment": environment(arguments.threads),
+        "environment": describe(arguments.threads),
         **summarise(measure(make_tasks(tuple(arguments.shape)), arguments.rounds)),
     }
     where = result["environment"]

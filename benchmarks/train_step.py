@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -32,11 +31,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the checkout
+
 VARIANTS = ("plain", "fp32", "bf16", "fp32+ckpt", "bf16+ckpt")
 MODELS = {"full": "lalic.yaml", "small": "small.yaml", "demo": "demo.yaml"}
-
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""glibc otherwise raises both as it goes and keeps freed memory, and a peak would tell of the past."""
 
 
 def use_plain_formulation(model: Any) -> None:
@@ -221,25 +219,6 @@ def print_table(variants: dict[str, Any]) -> None:
         )
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from lalic.training.environment import versions
-
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    cpu = names[0].split(":")[1].strip() if names else platform.processor()
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": arguments.threads,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "load_average": os.getloadavg(),
-        "system": platform.platform(),
-        "malloc": MALLOC,
-        "versions": versions(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="full", help="which config's model (%(default)s)")
@@ -259,7 +238,13 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in settings.items()))
     print_table(variants)
     if arguments.output:
-        report = {"settings": settings, "variants": variants, "environment": environment(arguments)}
+        command = " ".join(["python benchmarks/train_step.py", *sys.argv[1:]])
+        report = {
+            "command": command,
+            "settings": settings,
+            "variants": variants,
+            "environment": describe(arguments.threads),
+        }
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 

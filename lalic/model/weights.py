@@ -148,8 +148,10 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        # What the unpickler says of a stray byte is often a bare number.
         reason = str(error).strip().split("\n")[0][:200]
-        raise LalicError(f"{path} is damaged or is not a weights file that can be read safely: {reason}") from error
+        told = f": {reason}" if " " in reason else ""
+        raise LalicError(f"{path} is damaged or is not a weights file that can be read safely{told}") from error
 
 
 def load_weights(path: str | Path) -> LALIC:

@@ -1,0 +1,45 @@
+"""What the benchmarks have in common: the allocator's settings, and what machine the figures are from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+"""glibc otherwise gives freed tensors back to the system, and the page faults of new ones dominate the times.
+
+They are read when a process starts, so a benchmark sets them and starts (itself) again.
+"""
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+    from lalic.kernels import backend, builder
+
+    return {
+        "device": "cpu",
+        "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "load_average": os.getloadavg()[0],
+        "nice": os.nice(0),
+        "backend": backend.for_device(torch.device("cpu")).name,
+        "flags": builder.flags(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "malloc": MALLOC,
+        "date": time.strftime("%Y-%m-%d"),
+    }
