@@ -47,9 +47,12 @@ def sources(tmp_path: Path) -> Path:
 
 
 def slow_compiler(folder: Path, seconds: float) -> str:
-    """A compiler that takes its time, so that builds overlap; every call leaves a line in calls.txt."""
+    """A compiler that takes its time, so that builds overlap; every call leaves a line in calls.txt, with its pid."""
     script = folder / "slow-c++"
-    script.write_text(f'#!/bin/sh\necho "$@" >> "{folder}/calls.txt"\nsleep {seconds}\nexec c++ "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\necho "$$ $@" >> "{folder}/calls.txt"\n'
+        f'sleep {seconds} & waited=$!\ntrap "kill $waited; exit 1" TERM\nwait $waited\nexec c++ "$@"\n'
+    )
     script.chmod(0o755)
     return f"'{script}'"
 
@@ -114,6 +117,9 @@ def test_build_goes_on_after_one_that_was_killed(tmp_path: Path, sources: Path) 
         assert len(libraries(cache)) == 1
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
+        # Ninja puts a compiler in a process group of its own.
+        for call in (tmp_path / "calls.txt").read_text().splitlines():
+            os.kill(int(call.split()[0]), signal.SIGTERM)
         killed.communicate()
 
 
