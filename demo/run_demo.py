@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="folder for everything it writes")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml")
-    parser.add_argument("--kill-at", type=int, default=60, help="kill the training once it has logged this step")
+    parser.add_argument("--kill-at", type=int, default=120, help="kill the training once it has logged this step")
     arguments = parser.parse_args()
     started = time.monotonic()
     out = _fresh_folder(arguments.output.resolve())
