@@ -184,7 +184,8 @@ def test_written_config_reads_back(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["lalic", "small", "demo"])
 def test_shipped_configs(root: Path, name: str) -> None:
     config = read_config(root / "configs" / f"{name}.yaml")
-    assert config.train.clip == 1.0 and config.train.aux_lr == 1e-3
+    assert config.train.clip == 1.0
+    assert config.train.aux_lr == (1e-2 if name == "demo" else 1e-3)  # the demo has too few steps for the recipe's
 
 
 def test_lalic_is_the_published_recipe(root: Path) -> None:

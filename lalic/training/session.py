@@ -90,6 +90,9 @@ class Session:
         self.stepper = TrainStep(accelerator, inputs.model, config.train, config.loss, config.run.seed)
         if inputs.saved:
             self._restore(**inputs.saved)
+            logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
+        else:
+            logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
 
     @property
     def model(self) -> LALIC:
