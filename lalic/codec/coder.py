@@ -30,8 +30,8 @@ from lalic.codec.bitstream import CodedImage
 from lalic.errors import LalicError
 from lalic.metrics import to_rgb8, to_tensor
 from lalic.model import LALIC
+from lalic.model.lalic import STRIDE
 
-STRIDE = 64
 MAX_SYMBOL = 1 << 24
 """Larger integers are not exact in float32, and the rANS coder's escape codes overflow soon after."""
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
-from lalic.config import MS_SSIM_MIN_SIDE, STRIDE, LossSection
+from lalic.codec.coder import cut, pad
+from lalic.config import MS_SSIM_MIN_SIDE, LossSection
 from lalic.data.images import read_rgb
 from lalic.errors import LalicError
 from lalic.model import LALIC
@@ -78,9 +78,8 @@ def _measure(model: LALIC, image: Tensor, loss: LossSection, device: torch.devic
     """A row of the table for one image (3, H, W), and original and reconstruction side by side."""
     x = image[None].to(device)
     height, width = x.shape[-2:]
-    padded = F.pad(x, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-    output = model(padded)
-    x_hat = output["x_hat"].float()[..., :height, :width].clamp(0, 1)
+    output = model(pad(x))
+    x_hat = cut(output["x_hat"].float(), height, width).clamp(0, 1)
     bits = {name: -torch.log2(p.double()).sum() for name, p in output["likelihoods"].items()}
     bpp_y, bpp_z = (bits[name] / (height * width) for name in ("y", "z"))
     mse = (x_hat.double() - x.double()).square().mean()
