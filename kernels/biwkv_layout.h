@@ -13,22 +13,11 @@
 #define LALIC_CAN_STREAM 0
 #endif
 
+#include "biwkv_view.h"
 #include "biwkv_wide.h"
 #include "simd.h"
 
 namespace lalic {
-
-// A (B, T, C) tensor with any strides. T may be const.
-template <class T>
-struct View {
-  T* data;
-  int64_t stride_b, stride_t, stride_c;
-
-  View from(int64_t b, int64_t t, int64_t c) const {
-    return {data + b * stride_b + t * stride_t + c * stride_c, stride_b, stride_t, stride_c};
-  }
-  T& at(int64_t t, int64_t c) const { return data[t * stride_t + c * stride_c]; }
-};
 
 template <class T>
 struct Problem {

@@ -39,6 +39,7 @@ struct Lanes<double> {
 template <>
 struct Math<Float16> {
   static LALIC_HD Float16 max(Float16 a, Float16 b) { return a > b ? a : b; }
+  static LALIC_HD Float16 divide(Float16 a, Float16 b) { return a / b; }
 
   static LALIC_HD Float16 exp(Float16 x) {
     x = x < -87.3f ? Float16{} - 87.3f : x;
@@ -60,6 +61,7 @@ struct Math<Float16> {
 template <class Double, class Long>
 struct DoubleMath {
   static LALIC_HD Double max(Double a, Double b) { return a > b ? a : b; }
+  static LALIC_HD Double divide(Double a, Double b) { return a / b; }
 
   static LALIC_HD Double exp(Double x) {
     x = x < -708.0 ? Double{} - 708.0 : x;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import emulated
 import numpy as np
 import pytest
 import torch
@@ -93,8 +94,18 @@ def run_cpp(case: Case) -> tuple[Tensor, ...]:
     return (kernel.forward(*case[:4]), *kernel.backward(case.gy, *case[:4]))
 
 
-FORMS = {"definition": run_definition, "chunked": run_chunked, "running": run_running, "cpp": run_cpp}
-FAST_FORMS = {"torch": run_torch, "cpp": run_cpp}
+def run_emulated(case: Case) -> tuple[Tensor, ...]:
+    return emulated.run(*case)
+
+
+FORMS = {
+    "definition": run_definition,
+    "chunked": run_chunked,
+    "running": run_running,
+    "cpp": run_cpp,
+    "emulated CUDA": run_emulated,
+}
+FAST_FORMS = {"torch": run_torch, "cpp": run_cpp, "emulated CUDA": run_emulated}
 
 
 def truth(case: Case) -> tuple[Tensor, ...]:
