@@ -13,9 +13,9 @@ class Launch {
   }
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int shared, Arguments... arguments) const {
+  void operator()(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared, Arguments... arguments) const {
     if (status_ != cudaSuccess) return;
-    kernel<<<unsigned(blocks), threads, shared, stream_>>>(arguments...);
+    kernel<<<blocks, threads, shared, stream_>>>(arguments...);
     status_ = cudaGetLastError();
   }
 
@@ -61,22 +61,16 @@ auto with_type(const Call& call, const Function& function) {
 
 }  // namespace
 
-int64_t forward_workspace(const Call& call) {
-  return with_type(call, [](const auto& problem) { return forward_workspace(problem); });
-}
-
-int64_t backward_workspace(const Call& call) {
-  return with_type(call, [](const auto& problem) { return backward_workspace(problem); });
-}
-
-int64_t most_blocks(const Call& call) {
-  return with_type(call, [](const auto& problem) { return most_blocks(problem); });
-}
+int64_t tile_tokens() { return TileOf<float>::kTile; }
+int64_t states_size(const Call& call) { return states_size(call.samples, call.tokens, call.channels); }
+int64_t workspace_size(const Call& call) { return workspace_size(call.samples, call.tokens, call.channels); }
+bool fits_grid(const Call& call) { return fits_grid(call.samples, call.tokens, call.channels); }
+int64_t stride_limit() { return kStrideLimit; }
 
 cudaError_t forward(const Call& call) {
   return with_type(call, [&]<class T>(const Problem<T>& problem) {
     const Launch launch(call.stream);
-    forward(launch, problem, result<T>(call.y), static_cast<Scalar<T>*>(call.workspace));
+    forward(launch, problem, result<T>(call.y), static_cast<Scalar<T>*>(call.states));
     return launch.status();
   });
 }
@@ -86,14 +80,14 @@ cudaError_t backward(const Call& call) {
     using S = Scalar<T>;
     const Launch launch(call.stream);
     backward(launch, problem, input<T>(call.gy), result<T>(call.gk), result<T>(call.gv), static_cast<S*>(call.gw),
-             static_cast<S*>(call.gu), static_cast<S*>(call.workspace));
+             static_cast<S*>(call.gu), static_cast<S*>(call.states), static_cast<S*>(call.workspace));
     return launch.status();
   });
 }
 
 cudaError_t can_run() {
   cudaFuncAttributes attributes;
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, outputs<ForwardTile<float>>);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, outputs<TileOf<float>>);
   if (status != cudaSuccess) cudaGetLastError();
   return status;
 }

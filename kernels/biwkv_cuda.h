@@ -16,7 +16,7 @@ struct Array {
   int64_t stride_b, stride_t, stride_c;
 };
 
-// w, u, gw, gu and the workspace are float, or double for Type::kDouble.
+// w, u, gw, gu, the states and the workspace are float, or double for Type::kDouble.
 struct Call {
   Type type;
   int64_t samples, tokens, channels;
@@ -25,14 +25,18 @@ struct Call {
   Array gy;         // backward only
   Array y, gk, gv;  // results: y of the forward, the others of the backward
   void *gw, *gu;
-  void* workspace;
+  void* states;     // written by the forward, read by the backward
+  void* workspace;  // backward only
   cudaStream_t stream;
 };
 
-// Scalars of workspace that a call needs, and the blocks of its largest launch.
-int64_t forward_workspace(const Call& call);
-int64_t backward_workspace(const Call& call);
-int64_t most_blocks(const Call& call);
+// What a shape needs: tokens of a tile; scalars of states and of workspace; whether the grid that CUDA allows holds it.
+int64_t tile_tokens();
+int64_t states_size(const Call& call);
+int64_t workspace_size(const Call& call);
+bool fits_grid(const Call& call);
+// Strides per token and channel must be smaller.
+int64_t stride_limit();
 
 // Queue a call on its stream of the current device. Not cudaSuccess: a launch failed, nothing is to be believed.
 cudaError_t forward(const Call& call);

@@ -37,7 +37,7 @@ struct Tile {
 
 enum Side { kLeft = 0, kRight = 1 };
 
-// One state per tile, side and channel in global memory: num, den, m; channels side by side.
+// One state per tile, side and channel in global memory, (B, tiles, 2, 3, C): num, den, m; channels side by side.
 template <class S>
 struct TileStates {
   S* data;
@@ -96,23 +96,41 @@ struct RowStates {
   }
 };
 
-// Where a block is: blocks are numbered with the channels first, so that neighbours in time are neighbours in memory.
+#if !defined(LALIC_TILES_PER_SLAB)
+#define LALIC_TILES_PER_SLAB 32768
+#endif
+// Tiles along one dimension of the grid, which has 65535 places at most.
+constexpr unsigned kSlab = LALIC_TILES_PER_SLAB;
+
+// Where a block is. Grid: groups of channels (so that neighbours in time are neighbours in memory), tiles of a slab, samples
+// x slabs. `backwards` starts with the last tile of the last sample, which the kernel before left in the cache.
 template <class Tile>
 struct Place {
-  int64_t b, tile, tiles, channel;
+  int64_t b, tile;
+  unsigned tiles;
+  int64_t channel;
   int lane, row;
 
-  __device__ __forceinline__ Place(int64_t tokens, int64_t channels, bool backwards) {
-    const int64_t groups = (channels + kLanes - 1) / kLanes;
-    const int64_t block = backwards ? int64_t(gridDim.x) - 1 - blockIdx.x : blockIdx.x;
-    tiles = (tokens + Tile::kTile - 1) / Tile::kTile;
+  __device__ __forceinline__ Place(int64_t tokens, bool backwards) {
+    const unsigned y = backwards ? gridDim.y - 1 - blockIdx.y : blockIdx.y;
+    const unsigned z = backwards ? gridDim.z - 1 - blockIdx.z : blockIdx.z;
+    tiles = unsigned((tokens + Tile::kTile - 1) / Tile::kTile);
     lane = threadIdx.x;
     row = threadIdx.y;
-    channel = block % groups * kLanes + lane;
-    tile = block / groups % tiles;
-    b = block / groups / tiles;
+    channel = int64_t(blockIdx.x) * kLanes + lane;
+    tile = y;
+    b = z;
+    if (tiles > kSlab) {
+      const unsigned slabs = (tiles + kSlab - 1) / kSlab;
+      b = z / slabs;
+      tile += int64_t(z % slabs) * kSlab;
+    }
   }
-  __device__ __forceinline__ int64_t first_token() const { return tile * Tile::kTile + int64_t(row) * Tile::kTokens; }
+  // In the last slab the grid may be larger than what there is to do.
+  __device__ __forceinline__ bool exists() const { return tile < tiles; }
+  __device__ __forceinline__ Where where() const {
+    return {b, tile * Tile::kTile, channel - lane, unsigned(row * Tile::kTokens), unsigned(lane)};
+  }
 };
 
 template <class Tile>
@@ -173,15 +191,16 @@ __global__ void __launch_bounds__(Tile::kThreads)
     summaries(const Problem<typename Tile::Element> problem, const TileStates<typename Tile::S> states) {
   using S = typename Tile::S;
   LALIC_SHARED(unsigned char, shared);
-  const Place<Tile> at(problem.tokens, problem.channels, false);
-  const TileRun<Tile> run(problem, at.b, at.first_token(), at.channel);
+  const Place<Tile> at(problem.tokens, false);
+  if (!at.exists()) return;
+  const TileRun<Tile> run(problem, at.where());
   State<S> left, right;
   run.sums(left, right);
   const TileRows<Tile> rows(shared);
   summarise_rows<Tile, S>(at, rows, states, problem.channels, run.w, left, right);
 }
 
-// Rows of a block of `connect_tiles`: each goes along its share of the tiles. One side a block.
+// Rows of a block of `connect_tiles`: each goes along its share of the tiles. Grid: groups of channels, sides, samples.
 constexpr int kConnectRows = 16;
 
 template <class S>
@@ -192,17 +211,16 @@ __global__ void __launch_bounds__(kLanes* kConnectRows)
     connect_tiles(const S* w, int tile_tokens, const TileStates<S> states) {
   LALIC_SHARED(unsigned char, shared);
   const ConnectRows<S> rows(shared);
-  const int64_t groups = (states.channels + kLanes - 1) / kLanes;
-  const int side = blockIdx.x % 2, lane = threadIdx.x, row = threadIdx.y;
-  const int64_t channel = blockIdx.x / 2 % groups * kLanes + lane, b = blockIdx.x / 2 / groups;
+  const int side = blockIdx.y, lane = threadIdx.x, row = threadIdx.y;
+  const int64_t channel = int64_t(blockIdx.x) * kLanes + lane, b = blockIdx.z;
   const bool inside = channel < states.channels;
-  const int64_t share = (states.tiles + kConnectRows - 1) / kConnectRows;
-  const int64_t first = row * share, last = first + share < states.tiles ? first + share : states.tiles;
+  const int tiles = int(states.tiles), share = (tiles + kConnectRows - 1) / kConnectRows;
+  const int first = row * share, last = first + share < tiles ? first + share : tiles;
   const double step = double(inside ? w[channel] : 0) * tile_tokens;
 
   const auto walk = [&](State<S, double> state, bool write) {
-    for (int64_t i = first; inside && i < last; ++i) {
-      const int64_t tile = side == kLeft ? i : states.tiles - 1 - i;
+    for (int i = first; inside && i < last; ++i) {
+      const int tile = side == kLeft ? i : tiles - 1 - i;
       const State<S> own = states.load(b, tile, side, channel);
       if (write) states.store(b, tile, side, channel, {state.num, state.den, S(state.m)});
       decay(state, step);
@@ -225,14 +243,15 @@ __global__ void __launch_bounds__(Tile::kThreads)
   using T = typename Tile::Element;
   using S = typename Tile::S;
   LALIC_SHARED(unsigned char, shared);
-  const Place<Tile> at(problem.tokens, problem.channels, true);
-  TileRun<Tile> run(problem, at.b, at.first_token(), at.channel);
+  const Place<Tile> at(problem.tokens, true);
+  if (!at.exists()) return;
+  TileRun<Tile> run(problem, at.where());
   State<S> left, right;
   run.sums(left, right);
   const TileRows<Tile> rows(shared);
   connect_rows<Tile, S>(at, rows, states, problem.channels, run.w, left, right);
   if (run.length == 0) return;
-  const View<T> y = y_all.from(at.b, at.first_token(), at.channel);
+  const Column<T> y(y_all, at.where());
   const S m = reference(run.top, left, right);
   if (run.fits_under(m)) {
     Sums<S> rights[Tile::kTokens], before = in_units_of(left, m);
@@ -240,7 +259,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     run.right_sums(in_units_of(right, m), rights);
 #pragma unroll
     for (int j = 0; j < Tile::kTokens; ++j) {
-      if (j < run.length) y.at(j, 0) = Element<T>::store(run.output_of(j, before, rights[j]).y);
+      y[j] = Element<T>::store(run.output_of(j, before, rights[j]).y);
       push(before, run.q, run.E[j] * run.x[j], run.E[j]);
     }
   } else {
@@ -249,21 +268,23 @@ __global__ void __launch_bounds__(Tile::kThreads)
       State<S> l = left, r = right;
       run.sides_wide(j, l, r);
       const State<S> total = run.total_wide(j, l, r);
-      y.at(j, 0) = Element<T>::store(Math<S>::divide(total.num, total.den));
+      y[j] = Element<T>::store(Math<S>::divide(total.num, total.den));
     }
   }
 }
 
-// The sums of g of this thread's run, of which `left` and `right` arrive; whether its fast path holds, with `m`, `rights`.
+// The sums of g of this thread's run, of which `left` and `right` arrive; whether its fast path holds, with `m`, `rights`
+// and `g` of every token.
 template <class Tile, class S>
 __device__ __forceinline__ bool gradient_sums_of(TileRun<Tile>& run,
                                                  const GradientRun<typename Tile::Element, Tile::kTokens>& gradient,
-                                                 S m, Sums<S>* rights, State<S>& g_left, State<S>& g_right) {
+                                                 S m, Sums<S>* rights, Sums<S>* g, State<S>& g_left,
+                                                 State<S>& g_right) {
   const bool fast = run.fits_under(m);
   if (fast) {
     run.refer_to(m);
     run.right_sums(in_units_of(gradient.right, m), rights);
-    gradient.sums(m, rights, g_left, g_right);
+    gradient.sums(m, rights, g, g_left, g_right);
   } else {
     gradient.sums_wide(g_left, g_right);
   }
@@ -276,8 +297,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
                   const View<const typename Tile::Element> gy_all, const TileStates<typename Tile::S> g_states) {
   using S = typename Tile::S;
   LALIC_SHARED(unsigned char, shared);
-  const Place<Tile> at(problem.tokens, problem.channels, true);
-  TileRun<Tile> run(problem, at.b, at.first_token(), at.channel);
+  const Place<Tile> at(problem.tokens, true);
+  if (!at.exists()) return;
+  TileRun<Tile> run(problem, at.where());
   State<S> left, right;
   run.sums(left, right);
   const TileRows<Tile> rows(shared);
@@ -286,9 +308,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
   State<S> g_left = empty_state<S>(), g_right = g_left;
   if (run.length > 0) {
     const GradientRun<typename Tile::Element, Tile::kTokens> gradient{
-        run, gy_all.from(at.b, at.first_token(), at.channel), left, right};
-    Sums<S> rights[Tile::kTokens];
-    gradient_sums_of<Tile, S>(run, gradient, reference(run.top, left, right), rights, g_left, g_right);
+        run, {gy_all, at.where()}, left, right};
+    Sums<S> rights[Tile::kTokens], g[Tile::kTokens];
+    gradient_sums_of<Tile, S>(run, gradient, reference(run.top, left, right), rights, g, g_left, g_right);
   }
   summarise_rows<Tile, S>(at, rows, g_states, problem.channels, run.w, g_left, g_right);
 }
@@ -298,33 +320,35 @@ template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads)
     gradients(const Problem<typename Tile::Element> problem, const TileStates<typename Tile::S> states,
               const View<const typename Tile::Element> gy_all, const TileStates<typename Tile::S> g_states,
-              const View<typename Tile::Element> gk, const View<typename Tile::Element> gv,
+              const View<typename Tile::Element> gk_all, const View<typename Tile::Element> gv_all,
               typename Tile::S* const parts) {
   using S = typename Tile::S;
   LALIC_SHARED(unsigned char, shared);
-  const Place<Tile> at(problem.tokens, problem.channels, false);
-  TileRun<Tile> run(problem, at.b, at.first_token(), at.channel);
+  const Place<Tile> at(problem.tokens, false);
+  if (!at.exists()) return;
+  TileRun<Tile> run(problem, at.where());
   State<S> left, right;
   run.sums(left, right);
   const TileRows<Tile> rows(shared);
   connect_rows<Tile, S>(at, rows, states, problem.channels, run.w, left, right);
 
-  const int64_t first = run.length > 0 ? at.first_token() : 0, c = run.length > 0 ? at.channel : 0;
-  const GradientRun<typename Tile::Element, Tile::kTokens> gradient{run, gy_all.from(at.b, first, c), left, right};
+  const GradientRun<typename Tile::Element, Tile::kTokens> gradient{
+      run, {gy_all, at.where()}, left, right};
   const S m = reference(run.top, left, right);
   State<S> g_left = empty_state<S>(), g_right = g_left;
-  Sums<S> rights[Tile::kTokens];
+  Sums<S> rights[Tile::kTokens], g[Tile::kTokens];
   bool fast = false;
-  if (run.length > 0) fast = gradient_sums_of<Tile, S>(run, gradient, m, rights, g_left, g_right);
+  if (run.length > 0) fast = gradient_sums_of<Tile, S>(run, gradient, m, rights, g, g_left, g_right);
   connect_rows<Tile, S>(at, rows, g_states, problem.channels, run.w, g_left, g_right);
 
   S gw = 0, gu = 0;
   if (run.length > 0) {
-    const View<typename Tile::Element> gk_run = gk.from(at.b, first, c), gv_run = gv.from(at.b, first, c);
+    const Column<typename Tile::Element> gk(gk_all, at.where());
+    const Column<typename Tile::Element> gv(gv_all, at.where());
     if (fast && Math<S>::max(g_left.m, g_right.m) + m <= 2 * Range<S>::spread - 10) {
-      gradient.differentiate(m, rights, g_left, g_right, gk_run, gv_run, gw, gu);
+      gradient.differentiate(m, rights, g, g_left, g_right, gk, gv, gw, gu);
     } else {
-      gradient.differentiate_wide(g_left, g_right, gk_run, gv_run, gw, gu);
+      gradient.differentiate_wide(g_left, g_right, gk, gv, gw, gu);
     }
   }
   // The rows' parts, added in their order.
@@ -342,13 +366,13 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 constexpr int kReduceRows = 32;
 
-// gw, gu: (C,), the sums of (count, 2, C) parts, in double and in a fixed order.
+// gw, gu: (C,), the sums of (count, 2, C) parts, in double and in a fixed order. Grid: groups of channels, gw and gu.
 template <class S>
 __global__ void __launch_bounds__(kLanes* kReduceRows)
     reduce(const S* parts, int64_t count, int64_t channels, S* gw, S* gu) {
   LALIC_SHARED(double, sums);
-  const int which = blockIdx.x % 2, lane = threadIdx.x, row = threadIdx.y;
-  const int64_t channel = int64_t(blockIdx.x / 2) * kLanes + lane;
+  const int which = blockIdx.y, lane = threadIdx.x, row = threadIdx.y;
+  const int64_t channel = int64_t(blockIdx.x) * kLanes + lane;
   double sum = 0;
   if (channel < channels) {
     for (int64_t i = row; i < count; i += kReduceRows) sum += double(parts[(i * 2 + which) * channels + channel]);

@@ -6,6 +6,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "biwkv_scan.h"
 #include "biwkv_view.h"
 
@@ -36,6 +38,38 @@ struct Element<__nv_bfloat16> {
 template <class T>
 using Scalar = typename Element<T>::Scalar;
 
+// Where a thread is: the corner of its block's tile, and its own offsets from there.
+struct Where {
+  int64_t b, first_token, first_channel;
+  unsigned token, channel;
+};
+
+// The elements of one channel at neighbouring tokens, from the thread's first one on. Steps and offsets have 32 bits, so
+// that an address costs one or two instructions: a view's strides per token and channel are below `kStrideLimit`.
+template <class T>
+struct Column {
+  char* data;
+  unsigned step;  // bytes
+
+  __device__ __forceinline__ Column(const View<T>& view, const Where& at)
+      : step(unsigned(view.stride_t) * unsigned(sizeof(T))) {
+    const View<T> corner = view.from(at.b, at.first_token, at.first_channel);
+    data = reinterpret_cast<char*>(const_cast<std::remove_const_t<T>*>(corner.data)) +
+           (uint64_t(step) * at.token + uint64_t(unsigned(view.stride_c)) * (at.channel * unsigned(sizeof(T))));
+#if defined(__CUDA_ARCH__)
+    // Or the compiler computes the whole address anew for every token.
+    size_t address = __cvta_generic_to_global(data);
+    asm("" : "+l"(address));
+    data = static_cast<char*>(__cvta_global_to_generic(address));
+#endif
+  }
+  __device__ __forceinline__ T& operator[](int j) const {
+    return *reinterpret_cast<T*>(data + uint64_t(step) * unsigned(j));
+  }
+};
+
+constexpr int64_t kStrideLimit = int64_t(1) << 28;
+
 template <class T>
 struct Problem {
   int64_t samples, tokens, channels;
@@ -55,35 +89,36 @@ template <class T, int kTokens>
 struct Run {
   using S = Scalar<T>;
 
-  View<const T> k, v;  // from the run's first token on
-  int length;          // tokens that there are, 0 to kTokens; what is missing has no weight
+  Column<const T> k, v;
+  int length;  // tokens that there are, 0 to kTokens
   S w, u, q, bonus;
   S E[kTokens], x[kTokens];  // weights e^(k - m), where m is first `top` and then what `refer_to` was given; values
-  S top, low;                // extreme k
-  bool wide;                 // w or u alone is too large for one reference exponent
+  S top = S(kNothing), low = S(kNothing);  // extreme k
+  bool wide;                 // only the exact forms: w or u is too large for one reference exponent, or tokens are missing
 
-  __device__ __forceinline__ Run(const Problem<T>& problem, int64_t b, int64_t first, int64_t channel) {
-    const bool inside = channel < problem.channels;
-    const int64_t c = inside ? channel : 0, left = problem.tokens - first;
-    length = !inside || left < 0 ? 0 : left < kTokens ? int(left) : kTokens;
-    k = problem.k.from(b, length > 0 ? first : 0, c);
-    v = problem.v.from(b, length > 0 ? first : 0, c);
-    w = problem.w[c];
-    u = problem.u[c];
+  // A run beyond the last token or channel has length 0, and addresses that are not used.
+  __device__ __forceinline__ Run(const Problem<T>& problem, const Where& at) : k(problem.k, at), v(problem.v, at) {
+    const int64_t c = at.first_channel + at.channel, rest = problem.tokens - at.first_token - at.token;
+    const bool inside = c < problem.channels;
+    length = !inside || rest < 0 ? 0 : rest < kTokens ? int(rest) : kTokens;
+    w = problem.w[inside ? c : 0];
+    u = problem.u[inside ? c : 0];
     q = Math<S>::exp(-w);
     bonus = Math<S>::exp(u);
-    wide = !(w * S(kTokens) >= -Range<S>::growth && u >= -Range<S>::growth && u <= 2 * Range<S>::growth);
+    const bool tame = w * S(kTokens) >= -Range<S>::growth && u >= -Range<S>::growth && u <= 2 * Range<S>::growth;
+    wide = length < kTokens || !tame;
+    if (length < kTokens) return;  // the last tokens alone: one run in a sequence
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      E[j] = j < length ? Element<T>::load(k.at(j, 0)) : S(kNothing);
-      x[j] = j < length ? Element<T>::load(v.at(j, 0)) : S(0);
+      E[j] = Element<T>::load(k[j]);
+      x[j] = Element<T>::load(v[j]);
     }
-    top = S(kNothing);
-    low = -S(kNothing);
+    top = Math<S>::max(E[0], S(kNothing));
+    low = E[0];
 #pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
+    for (int j = 1; j < kTokens; ++j) {
       top = Math<S>::max(E[j], top);
-      if (j < length) low = E[j] < low ? E[j] : low;
+      low = -Math<S>::max(-E[j], -low);
     }
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) E[j] = Math<S>::exp(E[j] - top);
@@ -126,7 +161,7 @@ struct Run {
   // The exact forms: every token with its own exponent, read again from memory.
 
   __device__ __forceinline__ void push_token(State<S>& state, int j) const {
-    push(state, w, Element<T>::load(v.at(j, 0)), S(1), Element<T>::load(k.at(j, 0)));
+    push(state, w, Element<T>::load(v[j]), S(1), Element<T>::load(k[j]));
   }
 
   __device__ __forceinline__ void sums_wide(State<S>& left, State<S>& right) const {
@@ -148,7 +183,7 @@ struct Run {
 
   // y, as num / den, with den in units of e^m.
   __device__ __forceinline__ State<S> total_wide(int j, const State<S>& left, const State<S>& right) const {
-    const State<S> own{Element<T>::load(v.at(j, 0)), S(1), Element<T>::load(k.at(j, 0)) + u};
+    const State<S> own{Element<T>::load(v[j]), S(1), Element<T>::load(k[j]) + u};
     return join(join(left, right), own);
   }
 };
@@ -160,30 +195,26 @@ __device__ __forceinline__ Sums<S> gradient_pair(S gy, const Output<S>& out) {
   return {gN, -gN * out.y};
 }
 
-// A run in the backward pass: `gy` from its first token on, and the sums that arrive at the run from both sides.
+// A run in the backward pass: its gy, and the sums that arrive at it from both sides.
 template <class T, int kTokens>
 struct GradientRun {
   using S = Scalar<T>;
   const Run<T, kTokens>& run;
-  View<const T> gy;
+  Column<const T> gy;
   State<S> left, right;
 
-  __device__ __forceinline__ S upstream(int j) const {
-    return j < run.length ? Element<T>::load(gy.at(j, 0)) : S(0);
-  }
-
-  // The run's sums of g, as seen from the token after it and before it; in units of e^-m.
-  __device__ __forceinline__ void sums(S m, const Sums<S>* rights, State<S>& g_left, State<S>& g_right) const {
+  // Every token's g, and the run's sums of them, as seen from the token after it and before it; in units of e^-m.
+  __device__ __forceinline__ void sums(S m, const Sums<S>* rights, Sums<S>* g, State<S>& g_left,
+                                       State<S>& g_right) const {
     Sums<S> before = in_units_of(left, m), l{}, r{};
     S power = 1;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      Sums<S> g = gradient_pair(upstream(j), run.output_of(j, before, rights[j]));
-      if (j >= run.length) g = {};
+      g[j] = gradient_pair(Element<T>::load(gy[j]), run.output_of(j, before, rights[j]));
       push(before, run.q, run.E[j] * run.x[j], run.E[j]);
-      push(l, run.q, g.num, g.den);
-      r.num += power * g.num;
-      r.den += power * g.den;
+      push(l, run.q, g[j].num, g[j].den);
+      r.num += power * g[j].num;
+      r.den += power * g[j].den;
       power *= run.q;
     }
     g_left = {l.num, l.den, -m};
@@ -191,40 +222,27 @@ struct GradientRun {
   }
 
   // gk, gv, and the run's part of gw and gu, from the sums of g that arrive at it.
-  __device__ __forceinline__ void differentiate(S m, const Sums<S>* rights, const State<S>& arriving_left,
-                                                const State<S>& arriving_right, const View<T>& gk, const View<T>& gv,
-                                                S& gw, S& gu) const {
-    // What is right of each token takes g's place there, from the right.
-    Sums<S> g_rights[kTokens], before = in_units_of(left, m);
-#pragma unroll
-    for (int j = 0; j < kTokens; ++j) {
-      g_rights[j] = gradient_pair(upstream(j), run.output_of(j, before, rights[j]));
-      if (j >= run.length) g_rights[j] = {};
-      push(before, run.q, run.E[j] * run.x[j], run.E[j]);
-    }
-    Sums<S> g_right = in_units_of(arriving_right, -m);
+  __device__ __forceinline__ void differentiate(S m, const Sums<S>* rights, const Sums<S>* g,
+                                                const State<S>& arriving_left, const State<S>& arriving_right,
+                                                const Column<T>& gk, const Column<T>& gv, S& gw, S& gu) const {
+    Sums<S> g_rights[kTokens], g_right = in_units_of(arriving_right, -m);
 #pragma unroll
     for (int j = kTokens - 1; j >= 0; --j) {
-      const Sums<S> g = g_rights[j];
       g_rights[j] = g_right;
-      push(g_right, run.q, g.num, g.den);
+      push(g_right, run.q, g[j].num, g[j].den);
     }
-    // To the right again: the same outputs are cheaper to compute than to keep.
-    Sums<S> g_left = in_units_of(arriving_left, -m);
-    before = in_units_of(left, m);
+    Sums<S> g_left = in_units_of(arriving_left, -m), before = in_units_of(left, m);
     S across = 0;
     gu = 0;
 #pragma unroll
     for (int j = 0; j < kTokens; ++j) {
-      if (j >= run.length) break;
-      const Sums<S> g = gradient_pair(upstream(j), run.output_of(j, before, rights[j]));
       across += pairs(before, g_rights[j]) + pairs(rights[j], g_left);
-      const auto out = token_gradient(run.E[j], run.bonus, run.x[j], g, g_left, g_rights[j]);
-      gk.at(j, 0) = Element<T>::store(out.gk);
-      gv.at(j, 0) = Element<T>::store(out.gv);
+      const auto out = token_gradient(run.E[j], run.bonus, run.x[j], g[j], g_left, g_rights[j]);
+      gk[j] = Element<T>::store(out.gk);
+      gv[j] = Element<T>::store(out.gv);
       gu += out.gu;
       push(before, run.q, run.E[j] * run.x[j], run.E[j]);
-      push(g_left, run.q, g.num, g.den);
+      push(g_left, run.q, g[j].num, g[j].den);
     }
     gw = -run.q * across;
   }
@@ -235,7 +253,7 @@ struct GradientRun {
     r = right;
     run.sides_wide(j, l, r);
     const State<S> total = run.total_wide(j, l, r);
-    const Sums<S> g = gradient_pair(upstream(j), Output<S>{Math<S>::divide(total.num, total.den), total.den});
+    const Sums<S> g = gradient_pair(Element<T>::load(gy[j]), Output<S>{Math<S>::divide(total.num, total.den), total.den});
     return {g.num, g.den, -total.m};
   }
 
@@ -255,7 +273,7 @@ struct GradientRun {
   }
 
   __device__ __forceinline__ void differentiate_wide(State<S> g_left, const State<S>& arriving_right,
-                                                     const View<T>& gk, const View<T>& gv, S& gw, S& gu) const {
+                                                     const Column<T>& gk, const Column<T>& gv, S& gw, S& gu) const {
     gw = gu = 0;
 #pragma unroll 1
     for (int j = 0; j < run.length; ++j) {
@@ -263,13 +281,13 @@ struct GradientRun {
 #pragma unroll 1
       for (int i = run.length - 1; i > j; --i) push_gradient(g_right, i);
       const State<S> g = gradient_wide(j, l, r);
-      const S key = Element<T>::load(run.k.at(j, 0)), value = Element<T>::load(run.v.at(j, 0));
+      const S key = Element<T>::load(run.k[j]), value = Element<T>::load(run.v[j]);
       const S own = Math<S>::exp(key + run.u + g.m);
       const Sums<S> from_left = in_units_of(g_left, -key), from_right = in_units_of(g_right, -key);
       const S GN = from_left.num + from_right.num, GD = from_left.den + from_right.den;
       const S bonus_part = own * (g.num * value + g.den);
-      gk.at(j, 0) = Element<T>::store(value * GN + GD + bonus_part);
-      gv.at(j, 0) = Element<T>::store(GN + own * g.num);
+      gk[j] = Element<T>::store(value * GN + GD + bonus_part);
+      gv[j] = Element<T>::store(GN + own * g.num);
       gu += bonus_part;
       gw -= across_wide(l, g_right) + across_wide(r, g_left);
       push(g_left, run.w, g.num, g.den, g.m);

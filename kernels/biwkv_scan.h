@@ -35,11 +35,12 @@ struct Math<float> {
 #if defined(__CUDA_ARCH__) || defined(LALIC_EMULATED_CUDA)
   static LALIC_HD float exp(float x) { return __expf(x); }
   static LALIC_HD float divide(float a, float b) { return __fdividef(a, b); }
+  static LALIC_HD float max(float a, float b) { return ::fmaxf(a, b); }
 #else
   static LALIC_HD float exp(float x) { return ::expf(x); }
   static LALIC_HD float divide(float a, float b) { return a / b; }
-#endif
   static LALIC_HD float max(float a, float b) { return a > b ? a : b; }
+#endif
 };
 
 // The exponent of "no token yet": far below any other, and finite, because -inf - -inf would be NaN.

@@ -153,19 +153,22 @@ class Launch {
   Launch(Order order, unsigned seed) : order_(order), random_(seed) {}
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, int shared, Arguments... arguments) const {
-    if (blocks < 1 || blocks > INT32_MAX) throw std::logic_error("a grid that CUDA would refuse");
+  void operator()(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, int shared, Arguments... arguments) const {
+    if (!blocks.x || !blocks.y || !blocks.z || blocks.x > INT32_MAX || blocks.y > 65535 || blocks.z > 65535) {
+      throw std::logic_error("a grid that CUDA would refuse");
+    }
     if (threads.x * threads.y * threads.z > 1024) throw std::logic_error("a block that CUDA would refuse");
     if (shared > 48 << 10) throw std::logic_error("more shared memory than a launch gets by default");
     const std::function<void()> body = [&] { kernel(arguments...); };
-    gridDim = dim3(unsigned(blocks));
+    gridDim = blocks;
     blockDim = threads;
-    std::vector<int64_t> turns(blocks);
+    std::vector<int64_t> turns(int64_t(blocks.x) * blocks.y * blocks.z);
     std::iota(turns.begin(), turns.end(), int64_t(0));
     if (order_ == Order::kDescending) std::reverse(turns.begin(), turns.end());
     if (order_ == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random_);
     for (int64_t block : turns) {
-      blockIdx = {unsigned(block), 0, 0};
+      blockIdx = {unsigned(block % blocks.x), unsigned(block / blocks.x % blocks.y),
+                  unsigned(block / blocks.x / blocks.y)};
       Block(threads, size_t(shared), body).run(order_, random_, stacks_);
     }
   }
