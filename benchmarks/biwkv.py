@@ -87,7 +87,7 @@ def make_tasks(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
     return {
         "copy": lambda: target.copy_(v),
         "forward": forward,
-        "backward": lambda: torch.ops.lalic.biwkv_backward(gy, w, u, k, v),
+        "backward": lambda: torch.ops.lalic.biwkv_backward(gy, w, u, k, v, states),
         "forward + backward": lambda: differentiate(biwkv),
         "chunked forward": lambda: reference.forward(w, u, k, v),
         "chunked backward": lambda: reference.backward(gy, w, u, k, v),

@@ -1,10 +1,10 @@
-"""Which code computes BiWKV: chosen once per process by LALIC_BACKEND, and logged once.
+"""Which code computes BiWKV: chosen once per process by LALIC_BACKEND, and logged once for every kind of device.
 
-    auto   (default) the C++ kernel on CPU tensors; the PyTorch form where it cannot be compiled
-    cpp    the C++ kernel, or an error that says why not
-    torch  the PyTorch form
-
-CUDA tensors take the PyTorch form on their device: this version has no CUDA kernel.
+    auto   (default) the C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors; where one cannot be compiled, the
+           PyTorch form, with a warning that says why
+    cpp    as auto, but an error where CPU tensors cannot have the C++ kernel
+    cuda   as auto, but an error where CUDA tensors cannot have the CUDA kernel, and without a GPU
+    torch  the PyTorch form everywhere
 """
 
 from __future__ import annotations
@@ -21,25 +21,64 @@ from torch import Tensor
 
 from lalic.errors import LalicError
 
-from . import builder, reference
+from . import builder, cuda_builder, reference
 
 log = logging.getLogger("lalic.kernels")
 
-CHOICES = ("auto", "cpp", "torch")
-NO_CUDA = "not built yet in this version; CUDA tensors take the portable PyTorch form"
+CHOICES = ("auto", "cpp", "cuda", "torch")
+
+CUDA_TILE = 64
+"""Tokens of a tile of the CUDA kernel; it says the same (`tile_tokens`)."""
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Backend(NamedTuple):
-    """One implementation; its tensors are all float32 or all float64, of checked shapes, on one device."""
+    """One implementation, for tensors of checked shapes on one device: k and v of any supported dtype, w and u in the
+    dtype that it is computed in (`scalar_dtype`), and so are the gradients of w and u."""
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # w, u, k, v -> y
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]  # gy, w, u, k, v -> gw, gu, gk, gv
+
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    """w, u, k, v, states -> y; may write what its backward can use into `states`, which is `new_states(k)`."""
+
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Gradients]
+    """gy, w, u, k, v, states -> gw, gu, gk, gv"""
 
 
-TORCH = Backend("torch", reference.forward, reference.backward)
+def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What BiWKV of tensors of `dtype` is computed in: float64 or float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_states(k: Tensor) -> Tensor:
+    """Room for what a forward leaves for its backward: sums at the tiles' ends on CUDA, nothing elsewhere.
+
+    Its shape depends on that of k (B, T, C) and the kind of device alone, so that tracing knows it.
+    """
+    B, T, C = k.shape
+    shape = (B, -(-T // CUDA_TILE), 2, 3, C) if k.device.type == "cuda" else (0,)
+    return k.new_empty(shape, dtype=scalar_dtype(k.dtype))
+
+
+def _widened(
+    name: str,
+    forward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Gradients],
+) -> Backend:
+    """A backend from functions of float32 or float64 tensors."""
+
+    def widened_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Tensor:
+        return forward(w, u, k.to(w.dtype), v.to(w.dtype)).to(v.dtype)
+
+    def widened_backward(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Gradients:
+        gw, gu, gk, gv = backward(gy.to(w.dtype), w, u, k.to(w.dtype), v.to(w.dtype))
+        return gw, gu, gk.to(k.dtype), gv.to(v.dtype)
+
+    return Backend(name, widened_forward, widened_backward)
+
+
+TORCH = _widened("torch", reference.forward, reference.backward)
 
 _choosing = threading.Lock()
 
@@ -53,44 +92,68 @@ def chosen() -> str:
 
 
 def for_device(device: torch.device) -> Backend:
-    """The backend for tensors on `device`. The first call may compile, and logs what was chosen."""
+    """The backend for tensors on `device`. The first call may compile, and logs what was chosen.
+
+    Raises LalicError where LALIC_BACKEND asks for what this machine does not have.
+    """
     with _choosing:
-        return _for_cpu() if device.type == "cpu" else _for_other(device.type)
+        return _choose(device.type, device.index or 0 if device.type == "cuda" else 0)
 
 
 @functools.cache
-def _for_cpu() -> Backend:
+def _choose(device_type: str, index: int) -> Backend:
     name = chosen()
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LalicError("LALIC_BACKEND=cuda, but this machine has no CUDA device; use auto")
     if name == "torch":
-        log.info("BiWKV on CPU tensors: the PyTorch form (LALIC_BACKEND=torch)")
+        log.info("BiWKV on %s tensors: the PyTorch form (LALIC_BACKEND=torch)", device_type)
+        return TORCH
+    kernel, load = {"cpu": ("cpp", load_cpp), "cuda": ("cuda", lambda: load_cuda(index))}.get(device_type, ("", None))
+    if load is None:
+        log.warning("BiWKV on %s tensors: the PyTorch form (there is no kernel for this device)", device_type)
         return TORCH
     try:
-        backend = load_cpp()
+        backend = load()
     except LalicError as error:
-        if name == "cpp":
-            raise LalicError(f"LALIC_BACKEND=cpp, but the C++ kernel is not available: {error}") from error
+        if name == kernel:
+            raise LalicError(f"LALIC_BACKEND={name}, but the {name} kernel is not available: {error}") from error
         log.warning(
-            "BiWKV on CPU tensors: the PyTorch form, over ten times slower than the C++ kernel, because: %s", error
+            "BiWKV on %s tensors: the PyTorch form, over ten times slower than the %s kernel, because: %s",
+            device_type,
+            kernel,
+            error,
         )
         return TORCH
-    log.info("BiWKV on CPU tensors: the C++ kernel")
+    log.info("BiWKV on %s tensors: the %s kernel", device_type, kernel)
     return backend
-
-
-@functools.cache
-def _for_other(device_type: str) -> Backend:
-    reason = NO_CUDA if device_type == "cuda" else "there is no kernel for this device"
-    log.warning("BiWKV on %s tensors: the PyTorch form (%s)", device_type, reason)
-    return TORCH
 
 
 @functools.cache
 def load_cpp() -> Backend:
     """Compile the C++ kernel if need be, and load it. Raises LalicError when that is not possible."""
-    path = builder.build_cpu()
+    _load(builder.build_cpu())
+    operators = torch.ops.lalic_cpu
+    return _widened("cpp", operators.biwkv, operators.biwkv_backward)
+
+
+@functools.cache
+def load_cuda(index: int = 0) -> Backend:
+    """Compile the CUDA kernel if need be, and load it for GPU number `index`. Raises LalicError when that is not possible."""
+    path = cuda_builder.build_cuda()
+    _load(path)
+    operators = torch.ops.lalic_cuda
+    assert operators.tile_tokens() == CUDA_TILE
+    if problem := operators.problem_on_device(index):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(index)))
+        raise LalicError(
+            f"{path} does not run on GPU {index} of generation {capability} ({problem}): add it to "
+            "TORCH_CUDA_ARCH_LIST and run `lalic kernels --build`"
+        )
+    return Backend("cuda", operators.biwkv, operators.biwkv_backward)
+
+
+def _load(path: os.PathLike[str]) -> None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise LalicError(f"the compiled kernel {path} does not load ({error}); delete its folder") from error
-    operators = torch.ops.lalic_cpu
-    return Backend("cpp", operators.biwkv, operators.biwkv_backward)

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "biwkv_check.h"
 #include "biwkv_strip.h"
 
 namespace {
@@ -18,18 +19,10 @@ using lalic::Strip;
 using lalic::View;
 
 void check(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v) {
-  TORCH_CHECK(k.dim() == 3 && v.sizes() == k.sizes(), "biwkv: k and v must both be (B, T, C), but are ", k.sizes(),
-              " and ", v.sizes());
-  TORCH_CHECK(k.size(1) > 0 && k.size(2) > 0, "biwkv: at least one token and one channel are needed");
-  for (const Tensor* x : {&w, &u}) {
-    TORCH_CHECK(x->dim() == 1 && x->size(0) == k.size(2), "biwkv: w and u must be (C,) = (", k.size(2), ",)");
-  }
-  for (const Tensor* x : {&w, &u, &k, &v}) {
-    TORCH_CHECK(x->is_cpu(), "biwkv: the CPU kernel takes CPU tensors, not ", x->device());
-    TORCH_CHECK(x->scalar_type() == at::kFloat || x->scalar_type() == at::kDouble,
-                "biwkv: the CPU kernel takes float32 and float64, not ", x->scalar_type());
-    TORCH_CHECK(x->scalar_type() == k.scalar_type(), "biwkv: w, u, k and v must have one dtype");
-  }
+  TORCH_CHECK(k.is_cpu(), "biwkv: the CPU kernel takes CPU tensors, not ", k.device());
+  TORCH_CHECK(k.scalar_type() == at::kFloat || k.scalar_type() == at::kDouble,
+              "biwkv: the CPU kernel takes float32 and float64, not ", k.scalar_type());
+  lalic::check_inputs(w, u, k, v, k.scalar_type());
 }
 
 template <class T>
@@ -219,8 +212,7 @@ Tensor biwkv(const Tensor& w, const Tensor& u, const Tensor& k, const Tensor& v)
 std::tuple<Tensor, Tensor, Tensor, Tensor> biwkv_backward(const Tensor& gy, const Tensor& w, const Tensor& u,
                                                           const Tensor& k, const Tensor& v) {
   check(w, u, k, v);
-  TORCH_CHECK(gy.sizes() == v.sizes() && gy.is_cpu() && gy.scalar_type() == v.scalar_type(),
-              "biwkv_backward: gy must be like v in shape, dtype and device");
+  lalic::check_gradient(gy, v);
   return k.scalar_type() == at::kFloat ? run_backward<float>(gy, w, u, k, v)
                                        : run_backward<double>(gy, w, u, k, v);
 }

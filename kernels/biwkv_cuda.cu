@@ -68,7 +68,8 @@ bool fits_grid(const Call& call) { return fits_grid(call.samples, call.tokens, c
 int64_t stride_limit() { return kStrideLimit; }
 
 cudaError_t forward(const Call& call) {
-  return with_type(call, [&]<class T>(const Problem<T>& problem) {
+  return with_type(call, [&](const auto& problem) {
+    using T = typename std::decay_t<decltype(problem)>::Element;
     const Launch launch(call.stream);
     forward(launch, problem, result<T>(call.y), static_cast<Scalar<T>*>(call.states));
     return launch.status();
@@ -76,7 +77,8 @@ cudaError_t forward(const Call& call) {
 }
 
 cudaError_t backward(const Call& call) {
-  return with_type(call, [&]<class T>(const Problem<T>& problem) {
+  return with_type(call, [&](const auto& problem) {
+    using T = typename std::decay_t<decltype(problem)>::Element;
     using S = Scalar<T>;
     const Launch launch(call.stream);
     backward(launch, problem, input<T>(call.gy), result<T>(call.gk), result<T>(call.gv), static_cast<S*>(call.gw),

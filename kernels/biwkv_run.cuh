@@ -72,6 +72,7 @@ constexpr int64_t kStrideLimit = int64_t(1) << 28;
 
 template <class T>
 struct Problem {
+  using Element = T;
   int64_t samples, tokens, channels;
   const Scalar<T>*w, *u;
   View<const T> k, v;

@@ -1,10 +1,12 @@
-"""Compile the C++ kernel with ninja, once per machine, into a cache that many processes may share.
+"""Compile a kernel library with ninja, once per machine, into a cache that many processes may share.
 
 A library is built in a temporary folder and renamed into place, so it is whole or absent. Processes that want
 the same library wait for the first one on a file lock that the system releases when its holder dies: a killed
 build leaves nothing that could block the next one (torch.utils.cpp_extension waits forever for a file that a
 killed build leaves behind). The folder's name is a hash of all that the machine code depends on, the CPU
 included, because code for -march=native must not be taken from a shared home folder by another CPU.
+
+Here is the library for CPUs; cuda_builder.py has the one for GPUs.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -34,21 +37,87 @@ log = logging.getLogger("lalic.kernels")
 
 SOURCE_FOLDER = Path(__file__).parent
 CPU_SOURCES = ("biwkv_cpu.cpp",)
-HEADERS = ("biwkv_layout.h", "biwkv_scan.h", "biwkv_strip.h", "biwkv_wide.h", "simd.h")
+HEADERS = ("biwkv_check.h", "biwkv_layout.h", "biwkv_scan.h", "biwkv_strip.h", "biwkv_view.h", "biwkv_wide.h", "simd.h")
 LIBRARY = "lalic_cpu.so"
 
 # No -ffast-math: NaN, infinity and the order of sums stay as written. The first two flags only drop errno and
 # floating-point traps, which nobody reads; contraction makes fused multiply-adds.
-_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast "
-    "-fvisibility=hidden -Wno-psabi"
-)
+_FLAGS = "-fopenmp -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+_PORTABLE_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden"
 # A build folder that nobody has touched for so long belongs to a build that was killed.
 _STALE_SECONDS = 3600
 
 
 class BuildError(LalicError):
     """The kernel cannot be compiled on this machine; the text says why and what to do."""
+
+
+class Recipe(NamedTuple):
+    """How one library is compiled."""
+
+    name: str
+    """Of the kernel, for messages and for the folder in the cache."""
+
+    library: str
+    """File name."""
+
+    sources: Sequence[str]
+    """File names in SOURCE_FOLDER of all that the library is made from, headers included."""
+
+    depends_on: Sequence[str]
+    """Everything else that the machine code depends on: flags, compilers, the machine."""
+
+    ninja_file: Callable[[], str]
+    """The text of its build.ninja; may raise BuildError."""
+
+    def path(self) -> Path:
+        """Where the library is, or will be."""
+        digest = hashlib.sha256()
+        for part in (torch.__version__, sys.version, *self.depends_on):
+            digest.update(part.encode() + b"\0")
+        for name in self.sources:
+            digest.update((SOURCE_FOLDER / name).read_bytes() + b"\0")
+        python = f"py{sys.version_info.major}{sys.version_info.minor}"
+        folder = f"lalic-{self.name}-torch{torch.__version__}-{python}-{platform.machine()}-{digest.hexdigest()[:16]}"
+        return _cache_folder() / folder / self.library
+
+
+def build(recipe: Recipe) -> Path:
+    """Return the path of the compiled library, compiling it first if it is not there yet.
+
+    Raises BuildError when there is no compiler or ninja, when the compiler fails, or when the cache folder
+    cannot be written.
+    """
+    path = recipe.path()
+    if path.exists():
+        return path
+    program, text = ninja(), recipe.ninja_file()
+    try:
+        path.parent.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(path.parent.with_name(f"{path.parent.name}.lock"), recipe.name):
+            if not path.exists():
+                _compile(recipe, program, text, path)
+    except OSError as error:
+        raise BuildError(
+            f"the kernel cache {path.parent.parent} cannot be used ({error.strerror or error}); "
+            "set LALIC_BUILD_DIR to a folder you can write to"
+        ) from error
+    return path
+
+
+def cpu_recipe() -> Recipe:
+    """The library for the CPU of this machine."""
+    return Recipe("cpu", LIBRARY, (*CPU_SOURCES, *HEADERS), (flags(), _cpu_identity()), _cpu_ninja_file)
+
+
+def build_cpu() -> Path:
+    """`build` the library for the CPU of this machine."""
+    return build(cpu_recipe())
+
+
+def library_path() -> Path:
+    """Where the CPU library for this torch, Python, CPU, these flags and these sources is, or will be."""
+    return cpu_recipe().path()
 
 
 def compiler() -> str:
@@ -76,44 +145,14 @@ def ninja() -> str:
 
 
 def flags() -> str:
-    """The compiler's flags; -march=native is spelt -mcpu=native on ARM."""
+    """The C++ compiler's flags; -march=native is spelt -mcpu=native on ARM."""
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-    return f"{_FLAGS} {native} -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    return f"{portable_flags()} {_FLAGS} {native}"
 
 
-def library_path() -> Path:
-    """Where the library for this torch, Python, CPU, these flags and these sources is, or will be."""
-    digest = hashlib.sha256()
-    for part in (torch.__version__, sys.version, flags(), _cpu_identity()):
-        digest.update(part.encode() + b"\0")
-    for name in (*CPU_SOURCES, *HEADERS):
-        digest.update((SOURCE_FOLDER / name).read_bytes() + b"\0")
-    python = f"py{sys.version_info.major}{sys.version_info.minor}"
-    name = f"lalic-cpu-torch{torch.__version__}-{python}-{platform.machine()}-{digest.hexdigest()[:16]}"
-    return _cache_folder() / name / LIBRARY
-
-
-def build_cpu() -> Path:
-    """Return the path of the compiled library, compiling it first if it is not there yet.
-
-    Raises BuildError when there is no compiler or ninja, when the compiler fails, or when the cache folder
-    cannot be written.
-    """
-    path = library_path()
-    if path.exists():
-        return path
-    command, program = compiler(), ninja()
-    try:
-        path.parent.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(path.parent.with_name(f"{path.parent.name}.lock")):
-            if not path.exists():
-                _compile(command, program, path)
-    except OSError as error:
-        raise BuildError(
-            f"the kernel cache {path.parent.parent} cannot be used ({error.strerror or error}); "
-            "set LALIC_BUILD_DIR to a folder you can write to"
-        ) from error
-    return path
+def portable_flags() -> str:
+    """Those of them that any source with PyTorch's headers needs, whatever the CPU."""
+    return f"{_PORTABLE_FLAGS} -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
 
 
 def _cache_folder() -> Path:
@@ -136,13 +175,13 @@ def _cpu_identity() -> str:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, name: str) -> Iterator[None]:
     """Hold an exclusive lock on `path` that ends with the process."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.info("another process is compiling the C++ kernel; waiting for it")
+            log.info("another process is compiling the %s kernel; waiting for it", name)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             # Some network file systems have no locks. Then several may compile; each publishes a whole library.
@@ -150,19 +189,19 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(command: str, program: str, path: Path) -> None:
+def _compile(recipe: Recipe, program: str, text: str, path: Path) -> None:
     """Compile into a temporary folder beside the final one, and rename it into place."""
     folder = path.parent
     _remove_stale(folder.parent)
-    log.info("compiling the C++ kernel (once for this machine, under a minute) into %s", folder)
+    log.info("compiling the %s kernel (once for this machine, about a minute) into %s", recipe.name, folder)
     started = time.monotonic()
     temporary = Path(tempfile.mkdtemp(prefix=".build-", dir=folder.parent))
     try:
-        (temporary / "build.ninja").write_text(_ninja_file(command))
+        (temporary / "build.ninja").write_text(text)
         done = subprocess.run([program, "-C", str(temporary)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise BuildError(f"the C++ compiler failed: {_first_error(done.stdout + done.stderr)}")
-        with open(temporary / LIBRARY, "rb") as library:
+            raise BuildError(f"the {recipe.name} kernel's compiler failed: {_first_error(done.stdout + done.stderr)}")
+        with open(temporary / recipe.library, "rb") as library:
             os.fsync(library.fileno())
         # Every user of the cache may read it; mkdtemp is for the owner alone.
         temporary.chmod(0o755)
@@ -176,27 +215,39 @@ def _compile(command: str, program: str, path: Path) -> None:
         fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    log.info("compiled the C++ kernel in %.0f s", time.monotonic() - started)
+    log.info("compiled the %s kernel in %.0f s", recipe.name, time.monotonic() - started)
 
 
-def _ninja_file(command: str) -> str:
-    torch_folder = Path(torch.__file__).parent
-    include = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include"]
-    objects = [Path(source).with_suffix(".o").name for source in CPU_SOURCES]
+def _cpu_ninja_file() -> str:
     lines = [
-        f"cxx = {_escape(command)}",
-        f"cxxflags = {flags()} " + " ".join(_escape(f"-isystem{shlex.quote(str(path))}") for path in include),
-        f"ldflags = -shared -fopenmp {_escape('-L' + shlex.quote(str(torch_folder / 'lib')))} -lc10 -ltorch_cpu",
-        "rule compile\n  command = $cxx $cxxflags -c $in -o $out",
+        *cxx_rule(flags()),
+        f"ldflags = -shared -fopenmp {escape('-L' + shlex.quote(str(torch_folder() / 'lib')))} -lc10 -ltorch_cpu",
         "rule link\n  command = $cxx $in $ldflags -o $out",
     ]
+    objects = [Path(source).with_suffix(".o").name for source in CPU_SOURCES]
     for source, compiled in zip(CPU_SOURCES, objects, strict=True):
-        lines.append(f"build {compiled}: compile {_escape(str(SOURCE_FOLDER / source), path=True)}")
+        lines.append(f"build {compiled}: compile {escape(str(SOURCE_FOLDER / source), path=True)}")
     lines.append(f"build {LIBRARY}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
-def _escape(text: str, path: bool = False) -> str:
+def cxx_rule(flags: str, *more_includes: Path) -> list[str]:
+    """Lines of a build.ninja: the rule `compile` for C++ sources that include PyTorch's headers."""
+    includes = [torch_folder() / "include", torch_folder() / "include/torch/csrc/api/include", *more_includes]
+    return [
+        f"cxx = {escape(compiler())}",
+        f"cxxflags = {flags} " + " ".join(escape(f"-isystem{shlex.quote(str(path))}") for path in includes),
+        "rule compile\n  command = $cxx $cxxflags -c $in -o $out",
+    ]
+
+
+def torch_folder() -> Path:
+    """Where PyTorch is installed."""
+    return Path(torch.__file__).parent
+
+
+def escape(text: str, path: bool = False) -> str:
+    """`text` as a build.ninja has it; a path in a build line also hides its spaces and colons."""
     text = text.replace("$", "$$")
     return text.replace(" ", "$ ").replace(":", "$:") if path else text
 

@@ -4,58 +4,103 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from lalic.errors import LalicError, run_main
 
+NO_GPU = "no CUDA device here"
+
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Print the table of backends; with --build, compile the C++ kernel first. Returns the exit status."""
+    """Print the table of backends; with --build, compile the kernels first. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="lalic kernels", description=__doc__)
-    parser.add_argument("--build", action="store_true", help="compile the C++ kernel now, not at its first use")
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="compile the kernels now, not at their first use: the C++ kernel, and the CUDA kernel where there is a GPU "
+        "or a CUDA toolkit that fits PyTorch (TORCH_CUDA_ARCH_LIST says for which GPUs)",
+    )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
 
     # Only now: --help must not wait for torch.
-    from . import backend, builder
+    from . import backend, builder, cuda_builder
 
     if arguments.build:
-        backend.load_cpp()
+        _build()
     rows = [
-        ("cpp", *_cpp_state()),
+        ("cpp", *_state(builder.library_path, [builder.compiler, builder.ninja], backend.load_cpp)),
+        ("cuda", *_cuda_state()),
         ("torch", "available", "plain PyTorch, any device, no compiler"),
-        ("cuda", "no", backend.NO_CUDA),
     ]
     print("backend  state      remarks")
     for name, state, remark in rows:
         print(f"{name:8} {state:10} {remark}")
     print()
     print(f"chosen   {backend.chosen()} (LALIC_BACKEND)")
-    for name, find in (("compiler", builder.compiler), ("ninja", builder.ninja)):
+    facts: list[tuple[str, Callable[[], object]]] = [
+        ("compiler", builder.compiler),
+        ("ninja", builder.ninja),
+        ("flags", builder.flags),
+        ("cache", builder.library_path),
+        ("nvcc", cuda_builder.nvcc),
+        ("cuda", cuda_builder.library_path),
+    ]
+    for name, find in facts:
         try:
             print(f"{name:8} {find()}")
         except LalicError as error:
             print(f"{name:8} {error}")
-    print(f"flags    {builder.flags()}")
-    print(f"cache    {builder.library_path()}")
     return None
 
 
-def _cpp_state() -> tuple[str, str]:
-    from . import backend, builder
+def _build() -> None:
+    """Compile what this machine can; LalicError where it should be able to and is not."""
+    import torch
 
-    if not builder.library_path().exists():
-        try:
-            builder.compiler()
-            builder.ninja()
-        except LalicError as error:
-            return "no", str(error)
-        return "not built", "is compiled at the first use, or by `lalic kernels --build`"
+    from . import backend, cuda_builder
+
+    backend.load_cpp()
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            backend.load_cuda(index)
+        return
     try:
-        backend.load_cpp()
+        cuda_builder.nvcc()
+    except LalicError:
+        return  # nobody will miss it here; the table says why it is not there
+    cuda_builder.build_cuda()
+
+
+def _state(
+    path: Callable[[], Path], tools: Sequence[Callable[[], object]], load: Callable[[], object]
+) -> tuple[str, str]:
+    try:
+        if not path().exists():
+            for tool in tools:
+                tool()
+            return "not built", "is compiled at the first use, or by `lalic kernels --build`"
+        load()
     except LalicError as error:
         return "no", str(error)
     return "available", "compiled for this machine"
+
+
+def _cuda_state() -> tuple[str, str]:
+    import torch
+
+    from . import backend, builder, cuda_builder
+
+    if torch.cuda.is_available():
+        return _state(cuda_builder.library_path, [cuda_builder.nvcc, builder.compiler, builder.ninja], backend.load_cuda)
+    try:
+        if cuda_builder.library_path().exists():
+            return "built", f"{NO_GPU}; compiled ahead of time for others"
+        cuda_builder.nvcc()
+    except LalicError as error:
+        return "no", f"{NO_GPU}, and {error}"
+    return "no", f"{NO_GPU}; `lalic kernels --build` compiles it ahead of time"
 
 
 if __name__ == "__main__":

@@ -1,21 +1,29 @@
 """BiWKV, the bidirectional recurrent attention of LALIC, as a PyTorch operator.
 
 The operator `lalic::biwkv` and its gradient `lalic::biwkv_backward` are declared here once, whatever computes
-them: autograd, `torch.compile`, gradient checkpointing and export see the same operator with the C++ kernel and
-with the PyTorch form. `lalic.kernels.backend` says which of the two it is. Importing this module compiles
-nothing; the C++ kernel is built at the first call on CPU tensors, or ahead of time by `lalic kernels --build`.
+them: autograd, autocast, `torch.compile`, gradient checkpointing and export see the same operator with the C++ kernel,
+the CUDA kernel and the PyTorch form. `lalic.kernels.backend` says which of them it is. Importing this module compiles
+nothing; a kernel is built at the first call on its device, or ahead of time by `lalic kernels --build`.
 """
 
 from __future__ import annotations
 
+import math
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lalic.errors import LalicError
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class NotFiniteError(LalicError, ValueError):
+    """An input of BiWKV holds NaN or infinity."""
 
 
 def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -35,12 +43,17 @@ def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y: (B, T, C), contiguous, in the dtype of v.
 
     float32 and float64 are computed as such; bfloat16 and float16 (k and v alike) are computed in float32, and
-    then w and u may be float32 as well as the dtype of k, as under autocast. Inputs must be finite: a NaN or an
-    infinity anywhere is not looked for and gives NaN in the channels it touches. Differentiable once.
+    then w and u may be float32 as well as the dtype of k. Under autocast, k and v of two dtypes take the wider one,
+    and w and u stay in float32. Differentiable once; two runs give the same bits.
+
+    Inputs must be finite. On the CPU, w and u are looked at; on a GPU that would wait for the device, and a NaN or an
+    infinity gives NaN in the channels that it touches. LALIC_CHECK=1 looks at all inputs on any device.
 
     Raises:
         TypeError: not tensors, or dtypes that do not go together.
         ValueError: shapes or devices that do not go together, or no token.
+        NotFiniteError: (a ValueError and a LalicError) NaN or infinity, where they are looked for.
+        RuntimeError: a failed launch, or (torch.OutOfMemoryError) no memory for the result.
 
     Source: Wang et al., "LALIC: Linear Attention Modeling for Learned Image Compression", CVPR 2025
     (arXiv 2502.05741), after Duan et al., "Vision-RWKV", ICLR 2025 (arXiv 2403.02308). The published kernel
@@ -49,7 +62,7 @@ def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     for name, x in (("w", w), ("u", u), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"biwkv: {name} must be a tensor, not {type(x).__name__}")
-    return _biwkv(w, u, k, v)
+    return torch.ops.lalic.biwkv(w, u, k, v)[0]
 
 
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
@@ -86,60 +99,92 @@ def _check_gradient(gy: Tensor, v: Tensor) -> None:
         )
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _check_finite(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
+    everything = os.environ.get("LALIC_CHECK", "0") not in ("", "0")
+    if everything:
+        suspects = {"w": w, "u": u, "k": k, "v": v}
+    elif w.device.type == "cpu" and not math.isfinite(w.sum().item() + u.sum().item()):  # the cheapest look
+        suspects = {"w": w, "u": u}
+    else:
+        return
+    for name, x in suspects.items():
+        if not torch.isfinite(x).all():
+            raise NotFiniteError(
+                f"biwkv: {name} holds NaN or infinity: the weights are damaged, or their training diverged"
+            )
 
 
-@torch.library.custom_op("lalic::biwkv", mutates_args=(), schema="(Tensor w, Tensor u, Tensor k, Tensor v) -> Tensor")
-def _biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     from lalic.kernels import backend
 
     _check(w, u, k, v)
-    dtype = _accumulation_dtype(k.dtype)
-    # The caller's autocast must not reach into the float32 state.
-    with torch.autocast(k.device.type, enabled=False):
-        compute = backend.for_device(k.device)
-        return compute.forward(w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype)).to(v.dtype)
+    _check_finite(w, u, k, v)
+    states, dtype = backend.new_states(k), backend.scalar_dtype(k.dtype)
+    return backend.for_device(k.device).forward(w.to(dtype), u.to(dtype), k, v, states), states
 
 
-@torch.library.custom_op(
-    "lalic::biwkv_backward",
-    mutates_args=(),
-    schema="(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _biwkv_backward(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+def _backward(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Gradients:
     from lalic.kernels import backend
 
     _check(w, u, k, v)
     _check_gradient(gy, v)
-    dtype = _accumulation_dtype(k.dtype)
-    with torch.autocast(k.device.type, enabled=False):
-        compute = backend.for_device(k.device)
-        gradients = compute.backward(gy.to(dtype), w.to(dtype), u.to(dtype), k.to(dtype), v.to(dtype))
-    gw, gu, gk, gv = (g.to(x.dtype) for g, x in zip(gradients, (w, u, k, v), strict=True))
-    return gw, gu, gk, gv
+    dtype = backend.scalar_dtype(k.dtype)
+    gw, gu, gk, gv = backend.for_device(k.device).backward(gy, w.to(dtype), u.to(dtype), k, v, states)
+    return gw.to(w.dtype), gu.to(u.dtype), gk, gv
 
 
-@_biwkv.register_fake
-def _(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fake_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from lalic.kernels import backend
+
     _check(w, u, k, v)
-    return v.new_empty(v.shape)
+    return v.new_empty(v.shape), backend.new_states(k)
 
 
-@_biwkv_backward.register_fake
-def _(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Gradients:
+def _fake_backward(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor, states: Tensor) -> Gradients:
     _check(w, u, k, v)
     _check_gradient(gy, v)
     return w.new_empty(w.shape), u.new_empty(u.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: Tensor) -> None:
-    # The inputs alone: everything else is cheaper to compute again than to keep until the backward.
-    ctx.save_for_backward(*inputs)
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    # All else is cheaper to compute again than to keep until the backward.
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def _gradient(ctx: Any, gy: Tensor) -> Gradients:
-    return _biwkv_backward(gy, *ctx.saved_tensors)
+def _gradient(ctx: Any, gy: Tensor, _states: Tensor | None) -> Gradients:
+    return torch.ops.lalic.biwkv_backward(gy, *ctx.saved_tensors)
 
 
-_biwkv.register_autograd(_gradient, setup_context=_save)
+def _no_second_gradient(ctx: Any, *_: Tensor | None) -> None:
+    raise RuntimeError("lalic::biwkv_backward has no autograd formula: BiWKV is differentiable once")
+
+
+def _autocast_to_wider(device_type: str) -> Any:
+    """Under autocast: k and v in the wider of their dtypes, and w, u in what BiWKV computes in, never in half."""
+
+    def call(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        from lalic.kernels import backend
+
+        wider = torch.promote_types(k.dtype, v.dtype)
+        dtype = backend.scalar_dtype(wider)
+        with torch.autocast(device_type, enabled=False):
+            return torch.ops.lalic.biwkv(w.to(dtype), u.to(dtype), k.to(wider), v.to(wider))
+
+    return call
+
+
+# Not torch.library.custom_op, which takes more than twice the time for each call.
+_library = torch.library.Library("lalic", "DEF")
+_library.define("biwkv(Tensor w, Tensor u, Tensor k, Tensor v) -> (Tensor y, Tensor states)")
+_library.define(
+    "biwkv_backward(Tensor gy, Tensor w, Tensor u, Tensor k, Tensor v, Tensor states)"
+    " -> (Tensor gw, Tensor gu, Tensor gk, Tensor gv)"
+)
+_library.impl("biwkv", _forward, "CompositeExplicitAutograd")
+_library.impl("biwkv_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lalic::biwkv", _fake_forward, lib=_library)
+torch.library.register_fake("lalic::biwkv_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("lalic::biwkv", _gradient, setup_context=_save, lib=_library)
+torch.library.register_autograd("lalic::biwkv_backward", _no_second_gradient, lib=_library)
+for _device_type, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _library.impl("biwkv", _autocast_to_wider(_device_type), _key)

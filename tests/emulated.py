@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -32,24 +33,33 @@ def cuda_headers() -> Path:
     pytest.skip("no CUDA toolkit here, and so no headers of its number types")
 
 
+def build(kernels: Path, place: Path) -> Path:
+    """Compile the emulation of the kernels in a folder to `place`."""
+    command = [builder.compiler(), *_FLAGS, "-I", str(kernels), "-isystem", str(cuda_headers())]
+    done = subprocess.run([*command, "-o", str(place), str(FOLDER / "run.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return place
+
+
 @functools.cache
 def program() -> Path:
-    """The compiled emulation; compiled once for these sources and kept beside the other kernels."""
+    """The compiled emulation, once for these sources on this machine."""
     sources = [FOLDER / "run.cpp", FOLDER / "emulator.h", *sorted(builder.SOURCE_FOLDER.glob("*.*h"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     place = Path(tempfile.gettempdir()) / f"lalic-emulated-{digest}" / "run"
     if not place.exists():
-        command = [builder.compiler(), *_FLAGS, "-I", str(builder.SOURCE_FOLDER), "-isystem", str(cuda_headers())]
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary = place.with_name(f"run-{id(place)}")
-        done = subprocess.run([*command, "-o", str(temporary), str(FOLDER / "run.cpp")], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        temporary.rename(place)
+        build(builder.SOURCE_FOLDER, place.with_name(f"run-{os.getpid()}")).rename(place)
     return place
 
 
-def run(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor, order: str = "shuffled") -> tuple[Tensor, ...]:
-    """(y, gw, gu, gk, gv) of the CUDA kernels; k, v and gy with one layout, which the kernels get as it is."""
+def run(
+    w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor, order: str = "shuffled", executable: Path | None = None
+) -> tuple[Tensor, ...]:
+    """(y, gw, gu, gk, gv) of the CUDA kernels; k, v and gy with one layout, which the kernels get as it is.
+
+    Raises CalledProcessError when the kernels do what a GPU, or the sanitizer, does not allow.
+    """
     scalar = torch.float64 if k.dtype == torch.float64 else torch.float32
     strides = k.stride()
     assert v.stride() == gy.stride() == strides
@@ -59,9 +69,11 @@ def run(w: Tensor, u: Tensor, k: Tensor, v: Tensor, gy: Tensor, order: str = "sh
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "in", Path(folder) / "out"
         given.write_bytes(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays))
-        command = [program(), TYPES[k.dtype], B, T, C, ORDERS[order], ",".join(map(str, strides)), given, got]
+        command = [executable or program(), TYPES[k.dtype], B, T, C, ORDERS[order], ",".join(map(str, strides)), given, got]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        if done.returncode != 0:
+            print(done.stderr)
+            done.check_returncode()
         raw = bytearray(got.read_bytes())
     results, offset = [], 0
     for shape, dtype in [((B, T, C), k.dtype), ((C,), scalar), ((C,), scalar), *[((B, T, C), k.dtype)] * 2]:

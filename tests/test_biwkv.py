@@ -88,10 +88,11 @@ def run_torch(case: Case) -> tuple[Tensor, ...]:
 
 def run_cpp(case: Case) -> tuple[Tensor, ...]:
     try:
-        kernel = backend.load_cpp()
+        backend.load_cpp()
     except LalicError as error:
         pytest.skip(f"no C++ kernel here: {error}")
-    return (kernel.forward(*case[:4]), *kernel.backward(case.gy, *case[:4]))
+    operators = torch.ops.lalic_cpu
+    return (operators.biwkv(*case[:4]), *operators.biwkv_backward(case.gy, *case[:4]))
 
 
 def run_emulated(case: Case) -> tuple[Tensor, ...]:
@@ -280,7 +281,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     inputs = operator_inputs(dtype)
     torch.library.opcheck(torch.ops.lalic.biwkv.default, inputs)
     gy = torch.randn(2, 7, 5).to(dtype)
-    torch.library.opcheck(torch.ops.lalic.biwkv_backward.default, [gy, *(x.detach() for x in inputs)])
+    states = backend.new_states(inputs[2].detach())
+    torch.library.opcheck(torch.ops.lalic.biwkv_backward.default, [gy, *(x.detach() for x in inputs), states])
 
 
 @pytest.mark.parametrize("T", [1, 2, 9])
@@ -397,7 +399,7 @@ def test_bad_input(name: str) -> None:
 def test_bad_gradient() -> None:
     w, u, k, v = (x.detach() for x in operator_inputs())
     with pytest.raises(ValueError, match="gy must be like v"):
-        torch.ops.lalic.biwkv_backward(v[:1], w, u, k, v)
+        torch.ops.lalic.biwkv_backward(v[:1], w, u, k, v, backend.new_states(k))
 
 
 def test_kernel_checks_its_arguments() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from lalic.kernels import backend, builder, cli
+from lalic.kernels import backend, builder, cli, cuda_builder
 
 from lalic.errors import LalicError
 
@@ -200,8 +201,12 @@ def test_library_belongs_to_one_cpu_torch_and_source(tmp_path: Path, sources: Pa
 
 def test_every_source_is_in_the_cache_key() -> None:
     """A header that is not hashed would leave old libraries in use."""
-    files = {path.name for path in builder.SOURCE_FOLDER.iterdir() if path.suffix in (".cpp", ".h")}
-    assert files == {*builder.CPU_SOURCES, *builder.HEADERS}
+    files = {path.name for path in builder.SOURCE_FOLDER.iterdir() if path.suffix in (".cpp", ".h", ".cu", ".cuh")}
+    cpu, cuda = builder.cpu_recipe().sources, cuda_builder.recipe(cuda_builder.SUPPORTED).sources
+    assert files == {*cpu, *cuda}
+    for sources in (cpu, cuda):
+        text = "".join((builder.SOURCE_FOLDER / name).read_text() for name in sources)
+        assert {*re.findall(r'#include "(\w+\.\w+)"', text)} <= {*sources}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +227,7 @@ def test_cpp_is_an_error_without_compiler(tmp_path: Path) -> None:
     settings = {"LALIC_BUILD_DIR": tmp_path, "LALIC_BACKEND": "cpp", "CXX": "/nonexistent/c++"}
     status, output = finish(start(USE, **settings))
     assert status != 0
-    assert "LalicError: LALIC_BACKEND=cpp, but the C++ kernel is not available: no C++ compiler" in output
+    assert "LalicError: LALIC_BACKEND=cpp, but the cpp kernel is not available: no C++ compiler" in output
 
 
 def test_backend_is_the_chosen_one_and_logged_once(tmp_path: Path) -> None:
@@ -234,7 +239,7 @@ def test_backend_is_the_chosen_one_and_logged_once(tmp_path: Path) -> None:
 
 def test_unknown_backend(monkeypatch) -> None:
     monkeypatch.setenv("LALIC_BACKEND", "fortran")
-    with pytest.raises(LalicError, match="LALIC_BACKEND=fortran is not a backend; use one of auto, cpp, torch"):
+    with pytest.raises(LalicError, match="LALIC_BACKEND=fortran is not a backend; use one of auto, cpp, cuda, torch"):
         backend.chosen()
 
 
@@ -249,7 +254,7 @@ def test_command_prints_the_backends(capsys, monkeypatch) -> None:
     assert cli.main([]) is None
     lines = capsys.readouterr().out.splitlines()
     assert {"cpp", "torch", "cuda"} <= {line.split()[0] for line in lines if line}
-    assert any(line.startswith("cuda") and backend.NO_CUDA in line for line in lines)
+    assert any(line.startswith("cuda") and (cli.NO_GPU in line or "compiled for" in line) for line in lines)
     assert any(line.startswith("cache") and str(builder.library_path()) in line for line in lines)
 
 
