@@ -1,8 +1,9 @@
-"""BiWKV on the CPU: our operator beside plain PyTorch and beside a copy of one tensor, in one interleaved run.
+"""BiWKV: our operator beside plain PyTorch and beside a copy of one tensor, in one interleaved run.
 
     python benchmarks/biwkv.py [--threads 2] [--shape 2 16384 96] [--rounds 40] [--output FILE.json]
+    python benchmarks/biwkv.py --device cuda [--batch 8] [--published CHECKOUT] [--rounds 20] [--output FILE.json]
 
-Baselines:
+On a GPU it is beside the published kernel and the byte floor: see biwkv_cuda.py. On the CPU the baselines are:
 
     copy        torch copy_ of one (B, T, C) float32 tensor: what touching memory costs on this machine
     chunked     the portable PyTorch form of this package in float32 (kernels/chunked.py)
@@ -84,6 +85,7 @@ def make_tasks(shape: tuple[int, int, int]) -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             return biwkv(w, u, k, v)
 
+    _, states = torch.ops.lalic.biwkv(w, u, k, v)
     return {
         "copy": lambda: target.copy_(v),
         "forward": forward,
@@ -126,25 +128,18 @@ def summarise(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {"times": times, "ratios": ratios}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table, write it where asked; 1 when a demand is missed."""
-    parser = argparse.ArgumentParser(prog="benchmarks/biwkv.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shape", type=int, nargs=3, default=[2, 16384, 96], metavar=("B", "T", "C"))
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    arguments = parser.parse_args(argv)
-
+def run_cpu(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure on the CPU and print the table."""
     import torch
 
     torch.set_num_threads(arguments.threads)
+    rounds = arguments.rounds or 40
     result = {
-        "command": " ".join(["python benchmarks/biwkv.py", *(sys.argv[1:] if argv is None else argv)]),
         "shape": dict(zip("BTC", arguments.shape, strict=True)),
         "dtype": "float32",
-        "rounds": arguments.rounds,
+        "rounds": rounds,
         "environment": describe(arguments.threads),
-        **summarise(measure(make_tasks(tuple(arguments.shape)), arguments.rounds)),
+        **summarise(measure(make_tasks(tuple(arguments.shape)), rounds)),
     }
     where = result["environment"]
     print(f"{where['cpu']}, {where['threads']} threads, float32, B T C = {arguments.shape}, {where['backend']} kernel")
@@ -153,10 +148,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, row in result["ratios"].items():
         demand = f"demanded {row['demanded']}" + ("" if row["met"] else ", MISSED")
         print(f"{name:28} {row['of_minima']:8.1f}x  {row['median_of_rounds']:8.1f}x median   {demand}")
+    return result
+
+
+def run_cuda(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure on the GPU and print the table."""
+    from benchmarks import biwkv_cuda
+
+    rounds = arguments.rounds or 20
+    environment = describe(arguments.threads, "cuda")
+    if environment["backend"] != "cuda":
+        raise SystemExit("error: the CUDA kernel is not available (see `lalic kernels`); no times of something else")
+    result = {
+        "rounds": rounds,
+        "environment": environment,
+        **biwkv_cuda.measure(arguments.batch, rounds, arguments.published),
+    }
+    print(f"{environment['device']}, bfloat16, B = {arguments.batch}")
+    biwkv_cuda.print_table(result)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table, write it where asked; 1 when a demand is missed."""
+    parser = argparse.ArgumentParser(prog="benchmarks/biwkv.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--shape", type=int, nargs=3, default=[2, 16384, 96], metavar=("B", "T", "C"), help="on the CPU"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="on the GPU")
+    parser.add_argument("--published", type=Path, help="on the GPU: a checkout of the published code, to compare with")
+    parser.add_argument("--rounds", type=int, help="40 on the CPU, 20 on the GPU")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    arguments = parser.parse_args(argv)
+
+    result = run_cpu(arguments) if arguments.device == "cpu" else run_cuda(arguments)
+    command = " ".join(["python benchmarks/biwkv.py", *(sys.argv[1:] if argv is None else argv)])
     if arguments.output:
         from lalic.files import write_json
 
-        write_json(arguments.output, result)
+        write_json(arguments.output, {"command": command, **result})
     return 0 if all(row["met"] for row in result["ratios"].values()) else 1
 
 

@@ -23,12 +23,14 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def describe(threads: int) -> dict[str, Any]:
+def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures depend on."""
     import torch
-    from lalic.kernels import backend, builder
+    from lalic.kernels import backend, builder, cuda_builder
 
-    return {
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("error: this machine has no CUDA device; use --device cpu")
+    facts = {
         "device": "cpu",
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -36,10 +38,20 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "load_average": os.getloadavg()[0],
         "nice": os.nice(0),
-        "backend": backend.for_device(torch.device("cpu")).name,
+        "backend": backend.for_device(torch.device(device)).name,
         "flags": builder.flags(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "malloc": MALLOC,
         "date": time.strftime("%Y-%m-%d"),
     }
+    if device == "cuda":
+        facts |= {
+            "device": torch.cuda.get_device_name(),
+            "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "flags": cuda_builder.NVCC_FLAGS,
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+        }
+    return facts

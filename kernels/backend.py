@@ -1,10 +1,10 @@
 """Which code computes BiWKV: chosen once per process by LALIC_BACKEND, and logged once for every kind of device.
 
-    auto   (default) the C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors; where one cannot be compiled, the
-           PyTorch form, with a warning that says why
-    cpp    as auto, but an error where CPU tensors cannot have the C++ kernel
-    cuda   as auto, but an error where CUDA tensors cannot have the CUDA kernel, and without a GPU
-    torch  the PyTorch form everywhere
+auto   (default) the C++ kernel on CPU tensors, the CUDA kernel on CUDA tensors; where one cannot be compiled, the
+       PyTorch form, with a warning that says why
+cpp    as auto, but an error where CPU tensors cannot have the C++ kernel
+cuda   as auto, but an error where CUDA tensors cannot have the CUDA kernel, and without a GPU
+torch  the PyTorch form everywhere
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def _choose(device_type: str, index: int) -> Backend:
     if name == "torch":
         log.info("BiWKV on %s tensors: the PyTorch form (LALIC_BACKEND=torch)", device_type)
         return TORCH
-    kernel, load = {"cpu": ("cpp", load_cpp), "cuda": ("cuda", lambda: load_cuda(index))}.get(device_type, ("", None))
-    if load is None:
+    kernel = {"cpu": "cpp", "cuda": "cuda"}.get(device_type)
+    if kernel is None:
         log.warning("BiWKV on %s tensors: the PyTorch form (there is no kernel for this device)", device_type)
         return TORCH
     try:
-        backend = load()
+        backend = load_cpp() if kernel == "cpp" else load_cuda(index)
     except LalicError as error:
         if name == kernel:
             raise LalicError(f"LALIC_BACKEND={name}, but the {name} kernel is not available: {error}") from error
@@ -138,7 +138,7 @@ def load_cpp() -> Backend:
 
 @functools.cache
 def load_cuda(index: int = 0) -> Backend:
-    """Compile the CUDA kernel if need be, and load it for GPU number `index`. Raises LalicError when that is not possible."""
+    """Compile the CUDA kernel if need be, and load it for GPU `index`. Raises LalicError when that is not possible."""
     path = cuda_builder.build_cuda()
     _load(path)
     operators = torch.ops.lalic_cuda

@@ -91,7 +91,7 @@ def build(recipe: Recipe) -> Path:
     path = recipe.path()
     if path.exists():
         return path
-    program, text = ninja(), recipe.ninja_file()
+    text, program = recipe.ninja_file(), ninja()
     try:
         path.parent.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path.parent.with_name(f"{path.parent.name}.lock"), recipe.name):

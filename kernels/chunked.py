@@ -97,9 +97,7 @@ def fixed_forward(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return chunks.paste(num.div_(den))
 
 
-def fixed_backward(
-    gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fixed_backward(gy: Tensor, w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients (gw, gu, gk, gv) for inputs that `fits` accepts."""
     if k.numel() == 0:
         return torch.zeros_like(w), torch.zeros_like(u), torch.empty_like(v), torch.empty_like(v)

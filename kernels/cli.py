@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser.add_argument(
         "--build",
         action="store_true",
-        help="compile the kernels now, not at their first use: the C++ kernel, and the CUDA kernel where there is a GPU "
-        "or a CUDA toolkit that fits PyTorch (TORCH_CUDA_ARCH_LIST says for which GPUs)",
+        help="compile the kernels now, not at their first use: the C++ kernel, and the CUDA kernel where there is a "
+        "GPU or a CUDA toolkit that fits PyTorch (TORCH_CUDA_ARCH_LIST says for which GPUs)",
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -93,7 +93,8 @@ def _cuda_state() -> tuple[str, str]:
     from . import backend, builder, cuda_builder
 
     if torch.cuda.is_available():
-        return _state(cuda_builder.library_path, [cuda_builder.nvcc, builder.compiler, builder.ninja], backend.load_cuda)
+        tools = [cuda_builder.nvcc, builder.compiler, builder.ninja]
+        return _state(cuda_builder.library_path, tools, backend.load_cuda)
     try:
         if cuda_builder.library_path().exists():
             return "built", f"{NO_GPU}; compiled ahead of time for others"

@@ -82,7 +82,7 @@ def nvcc() -> str:
         program = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if program is None:
         raise BuildError(f"no CUDA compiler: install the CUDA toolkit {wanted} (nvcc), or set CUDA_HOME to it")
-    found = _release(program)
+    found = release(program)
     if found[0] != int(wanted.split(".")[0]):
         raise BuildError(
             f"{program} is of CUDA {found[0]}.{found[1]}, but this PyTorch is built for CUDA {wanted}: install that "
@@ -135,7 +135,8 @@ def _version_text(program: str) -> str:
     return _run(program, "--version")
 
 
-def _release(program: str) -> tuple[int, int]:
+def release(program: str) -> tuple[int, int]:
+    """(major, minor) of an nvcc."""
     match = re.search(r"release (\d+)\.(\d+)", _version_text(program))
     if match is None:
         raise BuildError(f"{program} does not tell its version: set CUDA_HOME to a CUDA toolkit")
@@ -163,8 +164,9 @@ def _ninja_file(generations: Generations) -> str:
     lines = [
         *builder.cxx_rule(builder.portable_flags(), folder / "include"),
         f"nvcc = {escape(shlex.quote(nvcc()))}",
-        f"nvccflags = {NVCC_FLAGS} {' '.join(generation_flags(generations))} --threads 0 -ccbin {escape(host)} -Xcompiler -fPIC",
-        "rule compile_kernels\n  command = $nvcc $nvccflags -c $in -o $out",
+        f"nvccflags = {NVCC_FLAGS} {' '.join(generation_flags(generations))} --threads 0 -Xcompiler -fPIC",
+        f"hostflags = -ccbin {escape(host)}",
+        "rule compile_kernels\n  command = $nvcc $nvccflags $hostflags -c $in -o $out",
         f"ldflags = -shared {escape(search)} -lc10 -ltorch_cpu -lc10_cuda -lcudart",
         "rule link\n  command = $cxx $in $ldflags -o $out",
         f"build operator.o: compile {escape(str(SOURCE_FOLDER / OPERATOR), path=True)}",

@@ -68,9 +68,7 @@ def biwkv(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _check(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise for shapes, dtypes and devices that the operator does not take; reads no element."""
     if k.dim() != 3 or v.shape != k.shape:
-        raise ValueError(
-            f"biwkv: k and v must both be (B, T, C), but are {tuple(k.shape)} and {tuple(v.shape)}"
-        )
+        raise ValueError(f"biwkv: k and v must both be (B, T, C), but are {tuple(k.shape)} and {tuple(v.shape)}")
     B, T, C = k.shape
     if T == 0 or C == 0:
         raise ValueError(f"biwkv: at least one token and one channel are needed, but k is {tuple(k.shape)}")

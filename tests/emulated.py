@@ -20,7 +20,7 @@ TYPES = {torch.float32: "float", torch.float64: "double", torch.float16: "half",
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
 # A failed assumption ends the program: out of bounds, uninitialised by way of NaN, undefined behaviour.
-_FLAGS = "-std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-unknown-pragmas".split()
+_FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def cuda_headers() -> Path:
@@ -69,7 +69,8 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         given, got = Path(folder) / "in", Path(folder) / "out"
         given.write_bytes(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in arrays))
-        command = [executable or program(), TYPES[k.dtype], B, T, C, ORDERS[order], ",".join(map(str, strides)), given, got]
+        layout = ",".join(map(str, strides))
+        command = [executable or program(), TYPES[k.dtype], B, T, C, ORDERS[order], layout, given, got]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode != 0:
             print(done.stderr)

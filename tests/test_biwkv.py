@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import emulated
@@ -340,6 +341,46 @@ def test_autocast_computes_in_float32() -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
 
 
+def test_autocast_takes_the_wider_dtype() -> None:
+    """k and v of two dtypes under autocast, w and u in half: k and v meet in float32, w and u are not rounded again."""
+    case = random_case(2, 50, 16, seed=19).to(torch.float32)
+    k, w = case.k.bfloat16(), case.w.bfloat16()
+    with pytest.raises(TypeError, match="k is torch.bfloat16 but v is torch.float32"):
+        biwkv(case.w, case.u, k, case.v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = biwkv(case.w, case.u, k, case.v)
+        half = biwkv(w, case.u, k, case.v.bfloat16())
+        double = biwkv(*(x.double() for x in case[:4]))
+    assert torch.equal(mixed, biwkv(case.w, case.u, k.float(), case.v))
+    assert torch.equal(half, biwkv(w.float(), case.u, k.float(), case.v.bfloat16().float()).bfloat16())
+    assert double.dtype == torch.float64
+
+
+def test_autocast_under_compile() -> None:
+    case = random_case(2, 50, 16, seed=20).to(torch.float32)
+
+    def mixed(w: Tensor, u: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return biwkv(w, u, k.bfloat16(), v)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+        for a, b in zip(by_autograd(compiled, case), by_autograd(mixed, case), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_offsets_of_64_bits(tmp_path: Path) -> None:
+    """The second sample lies more than 2^31 elements behind the first, in a file with a hole between them."""
+    case = random_case(2, 70, 16, seed=21).to(torch.float32)
+    size = ((1 << 31) + 2000) * 4
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(size)
+    room = torch.UntypedStorage.from_file(str(tmp_path / "sparse"), shared=True, nbytes=size)
+    far = torch.tensor([], dtype=torch.float32).set_(room, 0, (2, 70, 16), (1 << 31, 16, 1))
+    far.copy_(case.k)
+    for a, b in zip(run_cpp(case._replace(k=far)), run_cpp(case), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float32 w", "half w"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype: torch.dtype, parameters: torch.dtype | None) -> None:
@@ -394,6 +435,27 @@ def test_bad_input(name: str) -> None:
     with pytest.raises(error, match=message) as caught:
         biwkv(**inputs)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["w", "u"])
+def test_decay_that_is_not_finite(name: str, value: float) -> None:
+    inputs = {"w": torch.zeros(3), "u": torch.zeros(3), "k": torch.zeros(2, 5, 3), "v": torch.zeros(2, 5, 3)}
+    inputs[name][1] = value
+    with pytest.raises(LalicError, match=f"biwkv: {name} holds NaN or infinity") as caught:
+        biwkv(**inputs)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+def test_checking_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [torch.zeros(3), torch.zeros(3), torch.zeros(2, 5, 3), torch.zeros(2, 5, 3)]
+    inputs[3][0, 2, 1] = float("nan")
+    assert biwkv(*inputs)[0, :, 1].isnan().all()
+    monkeypatch.setenv("LALIC_CHECK", "1")
+    with pytest.raises(LalicError, match="biwkv: v holds NaN or infinity"):
+        biwkv(*inputs)
+    # A sum that overflows is not an input that does.
+    assert biwkv(torch.full((3,), 3e38), *inputs[1:3], torch.zeros(2, 5, 3)).isfinite().all()
 
 
 def test_bad_gradient() -> None:

@@ -1,5 +1,5 @@
-"""The CUDA kernels of BiWKV, run on the CPU thread by thread (tests/emulated_cuda). test_biwkv.py compares them with the
-definition on every kind of input; here is what belongs to their way of working."""
+"""The CUDA kernels of BiWKV, run on the CPU thread by thread (tests/emulated_cuda). test_biwkv.py compares them with
+the definition on every kind of input; here is what belongs to their way of working."""
 
 from __future__ import annotations
 
