@@ -32,8 +32,9 @@ _KERNEL = re.compile(r"_ZN5lalic3gpu\d+([a-z_]+)I(?:NS0_4TileI(\w+?)Li(\d+)ELi(\
 
 def resources(arch: str) -> list[dict[str, Any]]:
     """One row per kernel, compiled for one generation of GPUs. Raises LalicError without a fitting nvcc."""
-    from lalic.errors import LalicError
     from lalic.kernels import builder, cuda_builder
+
+    from lalic.errors import LalicError
 
     with tempfile.TemporaryDirectory() as folder:
         command = [cuda_builder.nvcc(), *cuda_builder.NVCC_FLAGS.split(), f"-arch={arch}", "-cubin", "-Xptxas", "-v"]
@@ -74,9 +75,8 @@ def main() -> int:
 
     rows = [row for arch in arguments.arch for row in resources(arch)]
     rows.sort(key=lambda row: (arguments.arch.index(row["arch"]), row["kernel"], row["type"]))
-    print(
-        f"{'arch':7} {'kernel':14} {'type':9} {'registers':>9} {'threads':>8} {'blocks/SM':>9} {'stack':>6} {'spilled':>8}"
-    )
+    titles = f"{'arch':7} {'kernel':14} {'type':9} {'registers':>9} {'threads':>8}"
+    print(f"{titles} {'blocks/SM':>9} {'stack':>6} {'spilled':>8}")
     for row in rows:
         print(
             f"{row['arch']:7} {row['kernel']:14} {row['type']:9} {row['registers']:>9} {row['threads']:>8} "

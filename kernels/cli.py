@@ -17,9 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(prog="lalic kernels", description=__doc__)
     parser.add_argument(
         "--build",
-        action="store_true",
-        help="compile the kernels now, not at their first use: the C++ kernel, and the CUDA kernel where there is a "
-        "GPU or a CUDA toolkit that fits PyTorch (TORCH_CUDA_ARCH_LIST says for which GPUs)",
+        nargs="?",
+        const="here",
+        choices=("here", "cuda"),
+        help="compile now, not at the first use: what this machine can run, or with `cuda` also the CUDA kernel where "
+        "there is no GPU, for others (TORCH_CUDA_ARCH_LIST says which; it takes a CUDA toolkit that fits PyTorch)",
     )
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
@@ -28,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     from . import backend, builder, cuda_builder
 
     if arguments.build:
-        _build()
+        _build(for_others=arguments.build == "cuda")
     rows = [
         ("cpp", *_state(builder.library_path, [builder.compiler, builder.ninja], backend.load_cpp)),
         ("cuda", *_cuda_state()),
@@ -55,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     return None
 
 
-def _build() -> None:
-    """Compile what this machine can; LalicError where it should be able to and is not."""
+def _build(for_others: bool) -> None:
+    """Compile; LalicError where that is not possible."""
     import torch
 
     from . import backend, cuda_builder
@@ -65,12 +67,8 @@ def _build() -> None:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             backend.load_cuda(index)
-        return
-    try:
-        cuda_builder.nvcc()
-    except LalicError:
-        return  # nobody will miss it here; the table says why it is not there
-    cuda_builder.build_cuda()
+    elif for_others:
+        cuda_builder.build_cuda()
 
 
 def _state(
@@ -101,7 +99,7 @@ def _cuda_state() -> tuple[str, str]:
         cuda_builder.nvcc()
     except LalicError as error:
         return "no", f"{NO_GPU}, and {error}"
-    return "no", f"{NO_GPU}; `lalic kernels --build` compiles it ahead of time"
+    return "no", f"{NO_GPU}; `lalic kernels --build cuda` compiles it for others"
 
 
 if __name__ == "__main__":

@@ -345,7 +345,7 @@ def test_autocast_takes_the_wider_dtype() -> None:
     """k and v of two dtypes under autocast, w and u in half: k and v meet in float32, w and u are not rounded again."""
     case = random_case(2, 50, 16, seed=19).to(torch.float32)
     k, w = case.k.bfloat16(), case.w.bfloat16()
-    with pytest.raises(TypeError, match="k is torch.bfloat16 but v is torch.float32"):
+    with pytest.raises(TypeError, match=r"k is torch\.bfloat16 but v is torch\.float32"):
         biwkv(case.w, case.u, k, case.v)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = biwkv(case.w, case.u, k, case.v)
