@@ -41,7 +41,16 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get("LALIC_TRACEBACK") or error.errno not in _FORESEEN:
             raise
         fail(f"{_FORESEEN[error.errno]}: {error.filename or error}")
+    except RuntimeError as error:
+        if os.environ.get("LALIC_TRACEBACK") or not is_out_of_memory(error):
+            raise
+        fail(f"not enough memory: take a smaller picture, batch or crop, or gradient checkpointing ({error})")
     raise SystemExit(status or 0)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not allocate memory, of a GPU or of this machine."""
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in str(error)
 
 
 _FORESEEN = {
