@@ -94,12 +94,13 @@ class TestRoundTrip:
     def test_is_reproducible(self, model: LALIC, coded: CodedImage) -> None:
         assert encode_image(model, picture(40, 70)) == coded
 
-    def test_coders_are_put_back(self, model: LALIC, coded: CodedImage) -> None:
+    def test_a_failure_leaves_nothing_behind(self, model: LALIC, coded: CodedImage) -> None:
         before = [m.entropy_coder for m in model.modules() if isinstance(m, EntropyModel)]
         with pytest.raises(LalicError):
             decode_image(model, replace(coded, checks=bytes(len(coded.checks))))
         after = [m.entropy_coder for m in model.modules() if isinstance(m, EntropyModel)]
         assert all(a is b for a, b in zip(before, after, strict=True))
+        assert encode_image(model, picture(40, 70)) == coded
 
     def test_padding_repeats_the_border(self) -> None:
         x = to_tensor(picture(3, 5))
@@ -201,6 +202,14 @@ class TestHostile:
     def test_other_size_with_other_latents(self, model: LALIC, coded: CodedImage) -> None:
         with pytest.raises(LalicError):
             decode_image(model, replace(coded, width=200))
+
+    @pytest.mark.parametrize("size", [4096, 40_000_000])
+    def test_strings_longer_than_any_encoder_writes(self, model: LALIC, coded: CodedImage, size: int) -> None:
+        """A long string of escape codes would make the entropy decoder read beyond all memory of the process."""
+        for i in range(len(coded.strings)):
+            strings = [*coded.strings[:i], b"\xff" * size, *coded.strings[i + 1 :]]
+            with pytest.raises(LalicError, match="longer than any"):
+                decode_image(model, replace(coded, strings=tuple(strings)))
 
     def test_too_few_strings(self, model: LALIC, coded: CodedImage) -> None:
         with pytest.raises(LalicError, match="another model"):

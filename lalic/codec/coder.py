@@ -15,14 +15,11 @@ what is decoded.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compressai.entropy_models import EntropyModel
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,10 +27,8 @@ from lalic.codec.bitstream import CodedImage
 from lalic.errors import LalicError
 from lalic.metrics import to_rgb8, to_tensor
 from lalic.model import LALIC
+from lalic.model.coding import Symbols, Tables
 from lalic.model.lalic import STRIDE
-
-MAX_SYMBOL = 1 << 24
-"""Larger integers are not exact in float32, and the rANS coder's escape codes overflow soon after."""
 
 
 def pad(x: Tensor) -> Tensor:
@@ -63,10 +58,15 @@ def decode_image(model: LALIC, image: CodedImage) -> NDArray[np.uint8]:
 def encode(model: LALIC, x: Tensor) -> CodedImage:
     """Entropy-code x (1, 3, H, W) in [0, 1], any H and W from 1 up."""
     height, width = x.shape[-2:]
-    with _checked(model, _Encoding()) as state:
-        out = model.compress(pad(x))
-    strings = tuple(s for (s,) in out["strings"])
-    return CodedImage(width, height, strings, bytes(state.checks), state.crc)
+    messages, _, _ = model.messages(pad(x))
+    running, checks, strings = _Running(), bytearray(), []
+    for message in messages:
+        ((indexes, symbols),) = message.rows()
+        checks.append(running.before(message.tables, indexes))
+        strings.append(message.tables.encode(symbols, indexes))
+        running.after(symbols)
+    z, *y = strings
+    return CodedImage(width, height, (*y, z), bytes(checks), running.crc)
 
 
 def decode(model: LALIC, image: CodedImage) -> Tensor:
@@ -76,12 +76,11 @@ def decode(model: LALIC, image: CodedImage) -> Tensor:
         raise LalicError(
             f"the file holds {len(image.strings)} strings, but the model codes {len(counts)}: another model"
         )
-    with _checked(model, _Decoding(image.checks)) as state:
-        # The rANS decoder reads on where a string ends too early: let it find zeros, not foreign memory. A
-        # symbol takes two bytes at most, but for rare escape codes.
-        strings = [[s + bytes(4 * n + 4096)] if state.pads else [s] for s, n in zip(image.strings, counts, strict=True)]
-        x_hat = model.decompress(strings, latent_shapes(model, image.height, image.width))["x_hat"]
-    if state.crc != image.checksum:
+    if any(len(s) > longest_string(n) for s, n in zip(image.strings, counts, strict=True)):
+        raise LalicError("the file's strings are damaged: longer than any that codes so many symbols")
+    reader = _Reader(image)
+    x_hat = model.reconstruct(1, latent_shapes(model, image.height, image.width)["hyper"], reader.read)
+    if reader.running.crc != image.checksum:
         raise _astray("the latents")
     return cut(x_hat, image.height, image.width)
 
@@ -101,95 +100,57 @@ def symbol_counts(model: LALIC, height: int, width: int) -> list[int]:
     return [*halves, model.config["dims"][5] * rows * columns]
 
 
+def longest_string(symbols: int) -> int:
+    """Bytes that no string of `symbols` symbols exceeds: an escaped one takes six, and the coder ends with eight."""
+    return 8 * symbols + 8
+
+
 class _Running:
     """The CRC that encoder and decoder both run over tables, indexes and symbols."""
 
     def __init__(self) -> None:
         self.crc = 0
-        self.pads = True
 
-    def begin(self, tables: bytes, indexes: Sequence[int]) -> int:
+    def before(self, tables: Tables, indexes: Symbols) -> int:
         """Take in what decodes the next string; its check byte."""
-        self.crc = zlib.crc32(np.asarray(indexes, dtype="<i4").tobytes(), zlib.crc32(tables, self.crc))
+        self.crc = zlib.crc32(indexes.astype("<i4").tobytes(), zlib.crc32(tables.digest, self.crc))
         return self.crc & 0xFF
 
-    def end(self, symbols: Sequence[int], problem: str) -> None:
+    def after(self, symbols: Symbols) -> None:
         """Take in the symbols of the string."""
-        values = np.asarray(symbols, dtype="<i4")
-        if values.size and (values.min() < -MAX_SYMBOL or values.max() > MAX_SYMBOL):
-            raise LalicError(problem)
-        self.crc = zlib.crc32(values.tobytes(), self.crc)
+        self.crc = zlib.crc32(symbols.astype("<i4").tobytes(), self.crc)
 
 
-class _Encoding(_Running):
-    def __init__(self) -> None:
-        super().__init__()
-        self.checks = bytearray()
-        self.last: tuple[bytes, list[int]] = (b"", [])
+class _Reader:
+    """Decodes the strings of one picture, in the order of coding, each only after its check byte fits."""
 
-
-class _Decoding(_Running):
-    def __init__(self, checks: bytes) -> None:
-        super().__init__()
-        self.checks = list(checks)
+    def __init__(self, image: CodedImage):
+        *y, z = image.strings
+        self.strings, self.checks = [z, *y], image.checks
+        self.running = _Running()
         self.done = 0
 
-
-class _CheckedCoder:
-    """Stands in for one entropy model's coder and reports to the run's `_Encoding` or `_Decoding`."""
-
-    def __init__(self, coder: Any, tables: bytes, state: Any):
-        self.name, self._coder, self._tables, self._state = coder.name, coder, tables, state
-
-    def encode_with_indexes(
-        self, symbols: list[int], indexes: list[int], cdfs: Any, lengths: Any, offsets: Any
-    ) -> bytes:
-        state = self._state
-        state.checks.append(state.begin(self._tables, indexes))
-        state.end(symbols, "the model's latents cannot be coded: they are not finite, its training diverged")
-        string = self._coder.encode_with_indexes(symbols, indexes, cdfs, lengths, offsets)
-        state.last = (string, symbols)
-        return string
-
-    def decode_with_indexes(
-        self, string: bytes, indexes: list[int], cdfs: Any, lengths: Any, offsets: Any
-    ) -> list[int]:
-        state = self._state
-        if isinstance(state, _Encoding):
-            # CompressAI's codecs decode each string right after encoding it, to learn the rounded latents.
-            if string != state.last[0]:
-                raise RuntimeError("a string was decoded during encoding that was not the last one encoded")
-            return state.last[1]
-        check = state.begin(self._tables, indexes)
-        if state.done >= len(state.checks) or check != state.checks[state.done]:
-            raise _astray(f"string {state.done + 1} of {len(state.checks)}")
-        state.done += 1
-        symbols = self._coder.decode_with_indexes(string, indexes, cdfs, lengths, offsets)
-        state.end(symbols, "the file's strings are damaged: they decode to impossible values")
-        return symbols
+    def read(self, tables: Tables, indexes: Symbols) -> Symbols:
+        """(1, n) symbols of the next string."""
+        check = self.running.before(tables, indexes[0])
+        if self.done >= len(self.checks) or check != self.checks[self.done]:
+            raise _astray(f"string {self.done + 1} of {len(self.checks)}")
+        string = self.strings[self.done]
+        if tables.name == "ans":
+            string += bytes(overrun(len(string), indexes.size))
+        self.done += 1
+        symbols = tables.decode(string, indexes[0])
+        self.running.after(symbols)
+        return symbols[None]
 
 
-@contextmanager
-def _checked(model: LALIC, state: Any) -> Iterator[Any]:
-    """Put `_CheckedCoder`s into all entropy models of `model` for the duration of one picture."""
-    models = [m for m in model.modules() if isinstance(m, EntropyModel)]
-    originals = [m.entropy_coder for m in models]
-    state.pads = all(c.name == "ans" for c in originals)
-    try:
-        for m, coder in zip(models, originals, strict=True):
-            m.entropy_coder = _CheckedCoder(coder, _tables_of(m), state)
-        yield state
-    finally:
-        for m, coder in zip(models, originals, strict=True):
-            m.entropy_coder = coder
+def overrun(size: int, symbols: int) -> int:
+    """Bytes of zeros to put behind a string: the rANS decoder knows no end and reads on where it comes too early.
 
-
-def _tables_of(model: EntropyModel) -> bytes:
-    """Digest of the tables that `update()` built, so that tables built differently are noticed, too."""
-    crc = 0
-    for table in (model.quantized_cdf, model.cdf_length, model.offset):
-        crc = zlib.crc32(table.detach().cpu().to(torch.int32).contiguous().numpy().tobytes(), crc)
-    return crc.to_bytes(4, "little")
+    A symbol takes two bytes at most. An escape code tells its length in nibbles, of which each nibble 15 in the
+    string announces 15 more: a hostile string of `size` bytes makes the decoder read 15 times as many.
+    """
+    return 15 * size + 4 * symbols + 4096
 
 
 def _astray(where: str) -> LalicError:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from compressai.entropy_models import EntropyBottleneck
 from compressai.latent_codecs import (
@@ -31,7 +32,7 @@ from compressai.models.utils import conv, deconv
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from lalic.model import weights
+from lalic.model import coding, weights
 from lalic.model.blocks import BiRWKVBlock, EntropyParametersBlock
 
 STRIDE = 64
@@ -146,15 +147,51 @@ class LALIC(SimpleVAECompressionModel):
 
         The strings are those of CompressAI: two for each channel group, then one for z. Needs `update()` once.
         """
-        _check_sides(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return super().compress(x)
+        messages, grid, y_hat = self.messages(x)
+        z_strings, *y_strings = [
+            [m.tables.encode(symbols, indexes) for indexes, symbols in m.rows()] for m in messages
+        ]
+        return {
+            "strings": [*y_strings, z_strings],
+            "shape": {"y": self._group_shapes(grid), "hyper": grid},
+            "y_hat": y_hat,
+        }
 
     @torch.no_grad()
     def decompress(self, strings: list[list[bytes]], shape: Any) -> dict[str, Tensor]:
         """Inverse of `compress`: {"x_hat": (B, 3, H, W) in [0, 1]}."""
+        *y_strings, z_strings = strings
+        batch = len(z_strings)
+        rows, columns = shape["hyper"]
+        expected = self._group_shapes((rows, columns))
+        if len(y_strings) != 2 * len(expected) or any(len(s) != batch for s in y_strings):
+            raise ValueError(f"strings must be {2 * len(expected) + 1} lists of one length: two for each group, then z")
+        if [tuple(s) for s in shape["y"]] != expected:
+            raise ValueError(f"for z of {rows} x {columns} the shapes of y are {expected}, not {shape['y']}")
+        remaining = iter([z_strings, *y_strings])
+
+        def read(tables: coding.Tables, indexes: coding.Symbols) -> coding.Symbols:
+            return np.stack([tables.decode(*pair) for pair in zip(next(remaining), indexes, strict=True)])
+
+        return {"x_hat": self.reconstruct(batch, (rows, columns), read)}
+
+    @torch.no_grad()
+    def messages(self, x: Tensor) -> tuple[list[coding.Message], tuple[int, int], Tensor]:
+        """What `compress` makes strings of: all messages in the order of coding (z first), sides of z, y_hat."""
+        _check_sides(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return coding.encode(self.latent_codec, self.g_a(x))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: int, grid: tuple[int, int], read: coding.Read) -> Tensor:
+        """x_hat (batch, 3, 64 rows, 64 columns) in [0, 1], z having the sides `grid`; `read` gives the messages."""
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            return super().decompress(strings, shape)
+            y_hat = coding.decode(self.latent_codec, batch, *grid, read)
+            return self.g_s(y_hat).clamp_(0, 1)
+
+    def _group_shapes(self, grid: tuple[int, int]) -> list[tuple[int, int, int]]:
+        """(C, H, W) of each channel group of y, z having the sides `grid`."""
+        return [(c, grid[0] * 4, grid[1] * 4) for c in self.config["groups"]]
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load any LALIC state dict of this architecture (see `lalic.model.weights.normalise`).

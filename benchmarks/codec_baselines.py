@@ -1,0 +1,89 @@
+"""What encoding and decoding are measured beside: CompressAI's own coding, and the published code.
+
+The published operator is compiled when the first model is built, for one GPU generation; here it is compiled for the
+GPU that is there. Its sources may need `k.type()` replaced by `k.scalar_type()` first, where torch no longer takes it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lalic.errors import LalicError
+
+
+def compressai_tasks(model: Any, x: Any, coded: Any, decoded: Any) -> dict[str, Callable[[], Any]]:
+    """CompressAI's own coding of x (1, 3, H, W) with the same model, after checking that it gives the same."""
+    import torch
+    from compressai.models.base import SimpleVAECompressionModel as Codec
+
+    compress, decompress = torch.no_grad()(Codec.compress), torch.no_grad()(Codec.decompress)
+    theirs = compress(model, x)
+    strings, shape = theirs["strings"], theirs["shape"]
+    x_hat = decompress(model, strings, shape)["x_hat"][..., : coded.height, : coded.width]
+    # On a GPU two runs of a layer may round differently, and a symbol flip: then pictures differ by little.
+    same = tuple(s for (s,) in strings) == coded.strings and torch.equal(x_hat, decoded)
+    if not (same or (x.is_cuda and (x_hat - decoded).square().mean() < 1e-6)):
+        raise LalicError("CompressAI's strings or picture are others; no times of wrong results")
+    return {
+        "compressai encode": lambda: compress(model, x),
+        "compressai decode": lambda: decompress(model, strings, shape),
+    }
+
+
+def published_tasks(folder: Path, model: Any, x: Any, decoded: Any) -> dict[str, Callable[[], Any]]:
+    """Encoding and decoding of x (1, 3, H, W), on its CUDA device, by the published code with the weights of `model`.
+
+    Its operator deviates from the formula, so its picture is another one: it must resemble `decoded` (1, 3, h, w),
+    20 dB at least, which the zeros of a failed launch do not.
+    """
+    import torch
+
+    from lalic.model import published_state_dict
+
+    theirs = import_published(folder)(**model.config).to(x.device).eval()
+    theirs.load_state_dict(published_state_dict(model))
+    theirs.update()
+    compress, decompress = torch.no_grad()(theirs.compress), torch.no_grad()(theirs.decompress)
+    coded = compress(x)
+    x_hat = decompress(coded["strings"], coded["shape"])["x_hat"]
+    error = (x_hat[..., : decoded.shape[-2], : decoded.shape[-1]] - decoded).square().mean().item()
+    if not error < 1e-2:
+        raise LalicError(f"the published code decodes another picture (mean squared difference {error:.2g})")
+    return {
+        "published encode": lambda: compress(x),
+        "published decode": lambda: decompress(coded["strings"], coded["shape"]),
+    }
+
+
+def import_published(folder: Path) -> Any:
+    """The published LALIC class; LalicError in one line when it does not import."""
+    import torch
+    from compressai.registry import MODELS
+    from torch.utils import cpp_extension
+
+    if not (folder / "models" / "lalic.py").is_file():
+        raise LalicError(f"{folder} is no checkout of the published code: it has no models/lalic.py")
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 6)
+    load, ours = cpp_extension.load, MODELS.get("LALIC")
+
+    def load_for_this_gpu(*arguments: Any, extra_cuda_cflags: Any = (), **named: Any) -> Any:
+        flags = [f for f in extra_cuda_cflags if "gencode" not in f]
+        flags.append(f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}")
+        return load(*arguments, extra_cuda_cflags=flags, **named)
+
+    sys.path.insert(0, str(folder))
+    cpp_extension.load = load_for_this_gpu
+    try:
+        from models.lalic import LALIC as Published
+    except Exception as error:
+        raise LalicError(f"the published code in {folder} does not import: {error}") from error
+    finally:
+        cpp_extension.load = load
+        sys.path.remove(str(folder))
+        if ours is not None:
+            MODELS["LALIC"] = ours  # it registers itself under the same name
+    # It compiles its operator when a model is built, with the function that it took at import.
+    return Published

@@ -1,0 +1,244 @@
+"""What is entropy-coded, in which order, with which tables: the walk that encoder and decoder share.
+
+                    ┌──────────────── for each channel group k, in order ────────────────┐
+    z ─► h_s ─► side ─┬─► [side, channel context of y_hat before k] ─► parameters of ■ ─► code ■ ─┐
+                      └─► [the same, and the checkerboard context of ■] ─► parameters of □ ─► code □
+
+B: batch; M channels of y in groups of C; H x W: grid of y; ■ anchors (row + column even), □ the others, each on a
+grid of H x W/2. A *message* is what one string holds: all of z, then the anchors and the others of each group.
+
+Strings are bit by bit those of CompressAI's codecs for this structure (ELIC). Their own `compress` and `decompress`
+are not called: they make lists of all tables for every string, find a scale's table by 63 comparisons of the whole
+tensor, compute the context of anchors to set it to zero, and decode every string again right after encoding it.
+Shapes and memory layouts of what the network sees are the same as there, in encoder and decoder: another layout
+takes another kernel with other rounding.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from compressai.entropy_models import EntropyModel, GaussianConditional
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lalic.errors import LalicError
+
+Symbols = NDArray[np.int32]
+"""Integers to be coded, or indexes of their tables: (n,) of one string, in the order of channels, rows, columns."""
+
+MAX_SYMBOL = 1 << 24
+"""Larger integers are not exact in float32, and the rANS coder's escape codes overflow soon after."""
+
+
+class Tables:
+    """The coding tables that an entropy model's `update()` built, in the form that its coder takes.
+
+    Attributes:
+        name: of the coder, `ans` for CompressAI's rANS.
+        digest: CRC-32 of the tables, 4 bytes, so that tables built differently are noticed.
+    """
+
+    def __init__(self, model: EntropyModel):
+        cdf, lengths, offsets = (
+            table.detach().cpu().to(torch.int32).contiguous().numpy()
+            for table in (model.quantized_cdf, model.cdf_length, model.offset)
+        )
+        if not cdf.size:
+            raise ValueError("the model has no coding tables: call update() first")
+        crc = 0
+        for table in (cdf, lengths, offsets):
+            crc = zlib.crc32(table.tobytes(), crc)
+        self.digest = crc.to_bytes(4, "little")
+        # Rows end at their length: what pads them to the longest is four fifths of the whole.
+        self._rows = [row[:length].tolist() for row, length in zip(cdf, lengths, strict=True)]
+        self._lengths, self._offsets = lengths.tolist(), offsets.tolist()
+        self._coder = model.entropy_coder
+        self.name: str = self._coder.name
+
+    def encode(self, symbols: Symbols, indexes: Symbols) -> bytes:
+        """The string of `symbols` (n,), each coded by the table of its index; LalicError when one cannot be."""
+        if not _in_range(symbols):
+            raise LalicError("the model's latents cannot be coded: they are not finite, its training diverged")
+        return self._coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *self._up_to(indexes))
+
+    def decode(self, string: bytes, indexes: Symbols) -> Symbols:
+        """Inverse of `encode`; LalicError when the string holds what no encoder writes."""
+        symbols = self._coder.decode_with_indexes(string, indexes.tolist(), *self._up_to(indexes))
+        values = np.array(symbols, dtype=np.int32)
+        if not _in_range(values):
+            raise LalicError("the file's strings are damaged: they decode to impossible values")
+        return values
+
+    def _up_to(self, indexes: Symbols) -> tuple[list[list[int]], list[int], list[int]]:
+        """Tables without those behind the last one used: the coder copies all it is given, and wide ones are rare."""
+        count = int(indexes.max()) + 1
+        return self._rows[:count], self._lengths[:count], self._offsets[:count]
+
+
+def _in_range(symbols: Symbols) -> bool:
+    return not symbols.size or (symbols.min() >= -MAX_SYMBOL and symbols.max() <= MAX_SYMBOL)
+
+
+class _Cached(NamedTuple):
+    """Tables and what they were made from; the sources are kept, so that no new tensor can be taken for an old one."""
+
+    tables: Tables
+    sources: tuple[Any, ...]
+    versions: tuple[int, ...]
+
+
+_cache: WeakKeyDictionary[EntropyModel, _Cached] = WeakKeyDictionary()
+
+
+def tables_of(model: EntropyModel) -> Tables:
+    """The tables of `model`, made anew when `update()` or anything else changed them."""
+    buffers = (model.quantized_cdf, model.cdf_length, model.offset)
+    if any(b.is_inference() for b in buffers):  # changes of such tensors leave no trace
+        return Tables(model)
+    sources, versions = (model.entropy_coder, *buffers), tuple(b._version for b in buffers)
+    cached = _cache.get(model)
+    if (
+        cached is None
+        or cached.versions != versions
+        or any(a is not b for a, b in zip(cached.sources, sources, strict=True))
+    ):
+        cached = _cache[model] = _Cached(Tables(model), sources, versions)
+    return cached.tables
+
+
+class Part(NamedTuple):
+    """The latents of one string: all of z where `channels` is None, else one half of one channel group of y."""
+
+    channels: slice | None
+    half: int
+
+    def of(self, z: Tensor, y: Tensor) -> Tensor:
+        """These latents: z, or (B, C, H, W/2)."""
+        return z if self.channels is None else half_of(y[:, self.channels], self.half)
+
+
+class Message(NamedTuple):
+    """What one string of every picture of the batch holds; int32 tensors (B, ...), on the model's device."""
+
+    tables: Tables
+    indexes: Tensor
+    symbols: Tensor
+
+    def rows(self) -> list[tuple[Symbols, Symbols]]:
+        """Indexes and symbols, both (n,), of each picture."""
+        return list(zip(_flat(self.indexes), _flat(self.symbols), strict=True))
+
+
+Code = Callable[[Part, Tables, Tensor, Tensor], Tensor]
+"""(part, tables, indexes, means) -> the part's symbols, all of the shape of indexes: quantised, or read."""
+
+Read = Callable[[Tables, Symbols], Symbols]
+"""(tables, indexes (B, n)) -> symbols (B, n) of the next message."""
+
+
+def encode(codec: Any, y: Tensor) -> tuple[list[Message], tuple[int, int], Tensor]:
+    """All messages of y (B, M, H, W) in the order of coding, the sides of z, and y_hat (B, M, H, W).
+
+    Nothing here waits for the device: strings are made from the messages when all are known.
+    """
+    z = codec["hyper"].h_a(y)
+    messages: list[Message] = []
+
+    def quantise(part: Part, tables: Tables, indexes: Tensor, means: Tensor) -> Tensor:
+        values = (part.of(z, y) - means).round_()
+        # What no coder takes, NaN included, must not become an innocent integer: on some devices NaN is zero.
+        symbols = torch.where(values.abs() <= MAX_SYMBOL, values, 2.0 * MAX_SYMBOL).int()
+        messages.append(Message(tables, indexes, symbols))
+        return symbols
+
+    rows, columns = z.shape[-2:]
+    y_hat = _walk(codec, len(z), rows, columns, quantise)
+    return messages, (rows, columns), y_hat
+
+
+def decode(codec: Any, batch: int, rows: int, columns: int, read: Read) -> Tensor:
+    """y_hat (batch, M, 4 rows, 4 columns) from the messages that `read` gives in the order of coding."""
+
+    def fetch(part: Part, tables: Tables, indexes: Tensor, means: Tensor) -> Tensor:
+        return torch.from_numpy(read(tables, _flat(indexes))).view(indexes.shape)
+
+    return _walk(codec, batch, rows, columns, fetch)
+
+
+def _walk(codec: Any, batch: int, rows: int, columns: int, code: Code) -> Tensor:
+    """Hand every part to `code` as soon as its tables are known; y_hat (B, M, H, W)."""
+    bottleneck = codec["hyper"].entropy_bottleneck
+    medians = bottleneck.quantiles[:, 0, 1].view(1, -1, 1, 1).expand(batch, -1, rows, columns)
+    channels = torch.arange(medians.shape[1], dtype=torch.int32, device=medians.device)
+    indexes = channels.view(1, -1, 1, 1).expand_as(medians)
+    z_hat = _dequantise(code(Part(None, 0), tables_of(bottleneck), indexes, medians), medians)
+
+    side = codec["hyper"].h_s(z_hat)
+    side_halves = half_of(side, 0), half_of(side, 1)
+    groups, contexts = codec["y"].groups, codec["y"].channel_context
+    y_hat = side.new_zeros((batch, sum(groups), *side.shape[-2:]))
+    start = 0
+    for k, size in enumerate(groups):
+        own = slice(start, start + size)
+        before = [contexts[f"y{k}"](y_hat[:, :start])] if k else []
+        y_hat[:, own] = _code_group(codec["y"][f"y{k}"], own, before, side_halves, code)
+        start += size
+    return y_hat
+
+
+def _code_group(
+    group: Any, own: slice, before: list[Tensor], side_halves: tuple[Tensor, Tensor], code: Code
+) -> Tensor:
+    """y_hat (B, C, H, W) of one group, with the channel context (B, 2C, H, W) `before` it, if there is any."""
+    side = side_halves[0]
+    batch, _, height, half_width = side.shape
+    channels = own.stop - own.start
+    tables = tables_of(group["y"].gaussian_conditional)
+    y_hat = side.new_zeros((batch, channels, height, 2 * half_width))
+    for half in (0, 1):
+        if half == 0:
+            context = side.new_zeros((batch, 2 * channels, height, half_width))
+        else:
+            context = half_of(group.context_prediction(y_hat), half)
+        known = torch.cat([context, *(half_of(x, half) for x in before), side_halves[half]], dim=1)
+        scales, means = group.entropy_parameters(known).chunk(2, 1)
+        indexes = indexes_of(group["y"].gaussian_conditional, scales)
+        _put_half(y_hat, half, _dequantise(code(Part(own, half), tables, indexes, means), means))
+    return y_hat
+
+
+def indexes_of(model: GaussianConditional, scales: Tensor) -> Tensor:
+    """For each scale, the table of the narrowest Gaussian that is not narrower; int32, of the shape of `scales`."""
+    borders = model.scale_table[:-1].to(scales.dtype)
+    return torch.bucketize(model.lower_bound_scale(scales).contiguous(), borders, out_int32=True)
+
+
+def _dequantise(symbols: Tensor, means: Tensor) -> Tensor:
+    """Symbols + means in one memory layout, whatever the two have: the next layer's kernel depends on it."""
+    return means.new_empty(means.shape).copy_(symbols).add_(means)
+
+
+def half_of(x: Tensor, half: int) -> Tensor:
+    """The anchors (half 0) or the others (half 1) of x (B, C, H, W), pushed together to (B, C, H, W/2)."""
+    batch, channels, height, width = x.shape
+    out = x.new_empty((batch, channels, height, width // 2))
+    out[..., 0::2, :] = x[..., 0::2, half::2]
+    out[..., 1::2, :] = x[..., 1::2, 1 - half :: 2]
+    return out
+
+
+def _put_half(x: Tensor, half: int, values: Tensor) -> None:
+    """Write `values` (B, C, H, W/2) to where `half_of` takes them from."""
+    x[..., 0::2, half::2] = values[..., 0::2, :]
+    x[..., 1::2, 1 - half :: 2] = values[..., 1::2, :]
+
+
+def _flat(x: Tensor) -> Symbols:
+    """(B, ...) -> (B, n) on the CPU, each row in the order of channels, rows, columns."""
+    return x.flatten(1).cpu().contiguous().numpy()
