@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lalic.model.depthwise import depthwise_conv
+from lalic.model.functions import gated_linear, normed_depthwise, squared_relu_linear
 from lalic.ops import biwkv
 
 
@@ -46,10 +48,11 @@ class OmniShift(nn.Module):
         kernel = F.pad(alpha[2] * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1)), (1, 1, 1, 1))
         return kernel + alpha[3] * self.conv5x5.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C)."""
-        shifted = F.conv2d(x.permute(0, 3, 1, 2), self.merged_kernel(), padding=2, groups=x.shape[-1])
-        return shifted.permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """The convolution of x, or of norm(x), which is then not kept: x (B, H, W, C) -> (B, H, W, C)."""
+        if norm is None:
+            return depthwise_conv(x, self.merged_kernel())
+        return normed_depthwise(x, norm.weight, norm.bias, norm.eps, self.merged_kernel())
 
 
 def _write_merged_kernel(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -74,13 +77,16 @@ class SpatialMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C). The decay is divided by T, so it adapts to the size of the image."""
-        shifted = self.omni_shift(x)
+    def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
+        """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C).
+
+        The decay is divided by T, so it adapts to the size of the image.
+        """
+        shifted = self.omni_shift(x, norm)
         keys, values = self.key(shifted).flatten(1, 2), self.value(shifted).flatten(1, 2)
         tokens = keys.shape[1]
         attended = biwkv(self.decay / tokens, self.boost / tokens, keys, values)
-        return self.output(torch.sigmoid(self.receptance(shifted)) * attended.view(x.shape))
+        return gated_linear(self.receptance(shifted), attended.view(x.shape), gamma[:, None] * self.output.weight)
 
 
 class ChannelMix(nn.Module):
@@ -93,10 +99,11 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_rate * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C)."""
-        shifted = self.omni_shift(x)
-        return torch.sigmoid(self.receptance(shifted)) * self.value(torch.relu(self.key(shifted)).square())
+    def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
+        """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C)."""
+        shifted = self.omni_shift(x, norm)
+        mixed = squared_relu_linear(self.key(shifted), gamma[:, None] * self.value.weight)
+        return torch.sigmoid(self.receptance(shifted)) * mixed
 
 
 class BiRWKVBlock(nn.Module):
@@ -120,9 +127,10 @@ class BiRWKVBlock(nn.Module):
         return self._mix(x)
 
     def _mix(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1).contiguous()  # no copy where x is channels-last already
-        x = x + self.gamma1 * self.att(self.ln1(x))
-        x = x + self.gamma2 * self.ffn(self.ln2(x))
+        # No copy where x is channels-last already. The residual stream has the parameters' precision.
+        x = x.permute(0, 2, 3, 1).contiguous().to(self.gamma1.dtype)
+        x = x + self.att(x, self.ln1, self.gamma1)
+        x = x + self.ffn(x, self.ln2, self.gamma2)
         return x.permute(0, 3, 1, 2)
 
 
@@ -142,5 +150,5 @@ class EntropyParametersBlock(nn.Module):
         """x (B, dim, H, W) -> (B, out_dim, H, W)."""
         mixed = self.mix(x)
         normed = self.norm(mixed.permute(0, 2, 3, 1))
-        gated = torch.sigmoid(self.receptance(normed)) * self.value(torch.relu(self.key(normed)).square())
+        gated = torch.sigmoid(self.receptance(normed)) * squared_relu_linear(self.key(normed), self.value.weight)
         return mixed + gated.permute(0, 3, 1, 2)
