@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lalic.model.depthwise import depthwise_conv
-from lalic.model.functions import gated_linear, normed_depthwise, squared_relu_linear
+from lalic.model.functions import gated_linear, normed_depthwise, squared_relu_mlp
 from lalic.ops import biwkv
 
 
@@ -102,7 +102,7 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
         """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C)."""
         shifted = self.omni_shift(x, norm)
-        mixed = squared_relu_linear(self.key(shifted), gamma[:, None] * self.value.weight)
+        mixed = squared_relu_mlp(shifted, self.key.weight, gamma[:, None] * self.value.weight)
         return torch.sigmoid(self.receptance(shifted)) * mixed
 
 
@@ -150,5 +150,5 @@ class EntropyParametersBlock(nn.Module):
         """x (B, dim, H, W) -> (B, out_dim, H, W)."""
         mixed = self.mix(x)
         normed = self.norm(mixed.permute(0, 2, 3, 1))
-        gated = torch.sigmoid(self.receptance(normed)) * squared_relu_linear(self.key(normed), self.value.weight)
+        gated = torch.sigmoid(self.receptance(normed)) * squared_relu_mlp(normed, self.key.weight, self.value.weight)
         return mixed + gated.permute(0, 3, 1, 2)

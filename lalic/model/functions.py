@@ -44,9 +44,13 @@ def gated_linear(receptance: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return _GatedLinear.apply(receptance, x, weight.to(x.dtype))
 
 
-def squared_relu_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """linear(relu(x)^2, weight); x (..., C), weight (D, C) -> (..., D). Keeps x."""
-    return _SquaredReluLinear.apply(x, weight.to(x.dtype))
+def squared_relu_mlp(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """linear(relu(linear(x, key))^2, value); x (..., C), key (F, C), value (D, F) -> (..., D).
+
+    Keeps x and the result of the ReLU: one tensor of the hidden width, where the plain formulation keeps two.
+    """
+    dtype = compute_dtype(x)
+    return _SquaredReluMLP.apply(x.to(dtype), key.to(dtype), value.to(dtype))
 
 
 class _NormedDepthwise(Function):
@@ -87,20 +91,21 @@ class _GatedLinear(Function):
         return torch.ops.aten.sigmoid_backward(gp * x, gate), gp * gate, gw
 
 
-class _SquaredReluLinear(Function):
+class _SquaredReluMLP(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(torch.relu(x).square_(), weight)
+    def forward(ctx: Any, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        hidden = F.linear(x, key).relu_()
+        ctx.save_for_backward(x, key, value, hidden)
+        return F.linear(hidden * hidden, value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
-        x, weight = ctx.saved_tensors
-        positive = torch.relu(x)
-        gw = _weight_gradient(gradient, positive.square())
-        # d relu(x)^2 = 2 relu(x), zero where relu is: no mask is needed, and the 2 is exact in the small weight.
-        return (gradient @ (2 * weight)).mul_(positive), gw
+        x, key, value, hidden = ctx.saved_tensors
+        g_value = _weight_gradient(gradient, hidden * hidden)
+        # d relu(h)^2 = 2 relu(h), zero where the ReLU is: no mask is needed, and doubling the weight is exact.
+        g_hidden = (gradient @ (2 * value)).mul_(hidden)
+        return g_hidden @ key, _weight_gradient(g_hidden, x), g_value
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
