@@ -1,7 +1,8 @@
-"""What a computation does with whole tensors: how many operations, copies, kept bytes, and its peak."""
+"""What a computation does with whole tensors: operations, copies, bytes kept for the backward pass, peak."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-COPIES = ("aten.clone", "aten.copy_", "aten.contiguous", "aten._to_copy")
 
 
 class WholeTensorOperations(TorchDispatchMode):
@@ -34,11 +33,6 @@ class WholeTensorOperations(TorchDispatchMode):
             self.counts[name] += 1
         return result
 
-    @property
-    def copies(self) -> int:
-        """Those that only bring a tensor into another layout or precision."""
-        return sum(self.counts[name] for name in COPIES)
-
 
 def _memory(x: torch.Tensor) -> int:
     return x.untyped_storage().data_ptr()
@@ -58,6 +52,21 @@ def saved_bytes(forward: Callable[[], Any], without: list[torch.Tensor]) -> int:
     for x in without:
         kept.pop(_memory(x), None)
     return sum(kept.values())
+
+
+def copies(task: Callable[[], Any], numel: int) -> Counter[str]:
+    """Copies of at least `numel` elements on the CPU during `task`, those inside other operators included.
+
+    The name tells the operation (to another layout or dtype), the count how often.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        task()
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        shape = event.input_shapes[0] if event.input_shapes else []
+        if event.name in ("aten::copy_", "aten::clone", "aten::_to_copy") and math.prod(shape) >= numel:
+            found[event.name] += 1
+    return found
 
 
 def peak_bytes(task: Callable[[], Any], device: torch.device) -> int:

@@ -53,15 +53,23 @@ def kernel_gradient_by_strips(gradient: Tensor, x: Tensor, size: int, strip_toke
     """
     B, H, W, C = x.shape
     margin = size // 2
-    padded = F.pad(x, (0, 0, margin, margin, margin, margin)).permute(0, 3, 1, 2)
-    filters = gradient.permute(0, 3, 1, 2)
+    images, filters = x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
     rows = max(1, strip_tokens // W)
     total = x.new_zeros(1, C, size, size, dtype=torch.promote_types(x.dtype, torch.float32))
     for image in range(B):
         for top in range(0, H, rows):
             bottom = min(top + rows, H)
-            strip = padded[image : image + 1, :, top : bottom + 2 * margin]
-            total += F.conv2d(strip, filters[image, :, top:bottom].unsqueeze(1), groups=C)
+            first, last = max(top - margin, 0), min(bottom + margin, H)
+            # At the border zeros are added above and below, though only one side may need them: the results of the
+            # other side are left out. So no strip is copied into a larger one.
+            zeros = margin if (first, last) != (top - margin, bottom + margin) else 0
+            shifts = F.conv2d(
+                images[image : image + 1, :, first:last],
+                filters[image, :, top:bottom].unsqueeze(1),
+                padding=(zeros, margin),
+                groups=C,
+            )
+            total += shifts.narrow(2, top - margin - first + zeros, size)
     return total.view(C, 1, size, size)
 
 
