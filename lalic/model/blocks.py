@@ -5,6 +5,10 @@
 
 Legend: B batch, C channels, H x W grid, T = H * W tokens. Inside a block everything is (B, H, W, C), which is
 the channels-last view of (B, C, H, W) and, seen as (B, T, C), the token sequence: no step copies between them.
+The gammas are multiplied into the last linear layer of their branch, which has no bias: that is the same sum, and
+spares a pass over the whole tensor. Fourteen tensors of B * T * C elements are kept for the backward pass, where the
+plain formulation keeps twenty-nine (see `functions.py`). Under bfloat16 autocast the residual stream stays in
+float32: in bfloat16 the errors of y and of the gradients of g_a grow by a fifth.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lalic.model.depthwise import depthwise_conv
+from lalic.model.functions import gated_linear, normed_depthwise, squared_relu_mlp
 from lalic.ops import biwkv
 
 
@@ -23,8 +29,8 @@ class OmniShift(nn.Module):
     """Depthwise 5x5 convolution made of four branches (Restore-RWKV, arXiv 2407.11087).
 
     Identity, 1x1, 3x3 and 5x5 branches weighted by `alpha` are linear, so they are one 5x5 kernel. It is built
-    from the parameters at every call, differentiably, in training and evaluation alike: that costs a few
-    microseconds, is exact, and leaves no cache that could go stale.
+    from the parameters at every call, differentiably, in training and evaluation alike: that costs 50 microseconds
+    on a CPU, under a tenth of the smallest block, is exact, and leaves no cache that could go stale.
 
     Checkpoints of the published layout hold the merged kernel as `conv5x5_reparam.weight`. It is derived: written
     by `state_dict()`, and ignored by `load_state_dict()`, since files in the wild hold stale ones.
@@ -46,10 +52,11 @@ class OmniShift(nn.Module):
         kernel = F.pad(alpha[2] * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1)), (1, 1, 1, 1))
         return kernel + alpha[3] * self.conv5x5.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C)."""
-        shifted = F.conv2d(x.permute(0, 3, 1, 2), self.merged_kernel(), padding=2, groups=x.shape[-1])
-        return shifted.permute(0, 2, 3, 1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """The convolution of x, or of norm(x), which is then not kept: x (B, H, W, C) -> (B, H, W, C)."""
+        if norm is None:
+            return depthwise_conv(x, self.merged_kernel())
+        return normed_depthwise(x, norm.weight, norm.bias, norm.eps, self.merged_kernel())
 
 
 def _write_merged_kernel(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -74,13 +81,16 @@ class SpatialMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C). The decay is divided by T, so it adapts to the size of the image."""
-        shifted = self.omni_shift(x)
+    def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
+        """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C).
+
+        The decay is divided by T, so it adapts to the size of the image.
+        """
+        shifted = self.omni_shift(x, norm)
         keys, values = self.key(shifted).flatten(1, 2), self.value(shifted).flatten(1, 2)
         tokens = keys.shape[1]
         attended = biwkv(self.decay / tokens, self.boost / tokens, keys, values)
-        return self.output(torch.sigmoid(self.receptance(shifted)) * attended.view(x.shape))
+        return gated_linear(self.receptance(shifted), attended.view(x.shape), gamma[:, None] * self.output.weight)
 
 
 class ChannelMix(nn.Module):
@@ -93,10 +103,11 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_rate * dim, dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, W, C) -> (B, H, W, C)."""
-        shifted = self.omni_shift(x)
-        return torch.sigmoid(self.receptance(shifted)) * self.value(torch.relu(self.key(shifted)).square())
+    def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
+        """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C)."""
+        shifted = self.omni_shift(x, norm)
+        mixed = squared_relu_mlp(shifted, self.key.weight, gamma[:, None] * self.value.weight)
+        return torch.sigmoid(self.receptance(shifted)) * mixed
 
 
 class BiRWKVBlock(nn.Module):
@@ -120,9 +131,10 @@ class BiRWKVBlock(nn.Module):
         return self._mix(x)
 
     def _mix(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1).contiguous()  # no copy where x is channels-last already
-        x = x + self.gamma1 * self.att(self.ln1(x))
-        x = x + self.gamma2 * self.ffn(self.ln2(x))
+        # No copy where x is channels-last already. The residual stream has the parameters' precision.
+        x = x.permute(0, 2, 3, 1).contiguous().to(self.gamma1.dtype)
+        x = x + self.att(x, self.ln1, self.gamma1)
+        x = x + self.ffn(x, self.ln2, self.gamma2)
         return x.permute(0, 3, 1, 2)
 
 
@@ -142,5 +154,5 @@ class EntropyParametersBlock(nn.Module):
         """x (B, dim, H, W) -> (B, out_dim, H, W)."""
         mixed = self.mix(x)
         normed = self.norm(mixed.permute(0, 2, 3, 1))
-        gated = torch.sigmoid(self.receptance(normed)) * self.value(torch.relu(self.key(normed)).square())
+        gated = torch.sigmoid(self.receptance(normed)) * squared_relu_mlp(normed, self.key.weight, self.value.weight)
         return mixed + gated.permute(0, 3, 1, 2)
