@@ -134,7 +134,6 @@ def attribute(events: Sequence[Any], device: str) -> dict[tuple[str, str], list[
 
 def profile(arguments: argparse.Namespace) -> dict[str, Any]:
     """Profile `arguments.steps` steps after as many that are not looked at."""
-    import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -184,7 +183,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
             {"operator": name, "group": group, "ms": ms / n, "share": ms / total, "calls": count / n}
             for (group, name), (ms, count) in rows
         ],
-        "environment": {**describe(arguments.threads), **cuda_environment(arguments.device), "torch": torch.__version__},
+        "environment": {**describe(arguments.threads), **cuda_environment(arguments.device)},
     }
 
 
