@@ -6,7 +6,7 @@
 Coding (`compress`, `update`, the tables) is CompressAI's. `forward` is written anew because theirs computes what it
 throws away, in training and in evaluation: a context of all pixels that is then set to zero, the parameters of both
 halves for all pixels, copies in which every second pixel is overwritten, a second y_hat. And it asks the device for
-the order of dimensions eight times in a step, waiting for the answer.
+the order of dimensions, and waits for the answer.
 
 Legend: B batch, C channels of one group, H x W the grid of y, S channels of side information.
 """

@@ -12,7 +12,6 @@ A block that cannot become one graph is an error (fullgraph), and so is the reco
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,13 +54,12 @@ class BlockCompiler:
                 module.compiled_mix = self
 
     def __call__(self, block: BiRWKVBlock, x: Tensor) -> Tensor:
-        """block._mix(x), x (B, C, H, W) -> (B, C, H, W)."""
-        before, started = self.graphs, time.perf_counter()
+        """block._mix(x), x (B, C, H, W) -> (B, C, H, W); the graph for its backward is compiled when that runs."""
+        before = self.graphs
         y = self._mix(block, x)
         if self.graphs > before:
             shape, dtype = "x".join(map(str, x.shape)), str(x.dtype).removeprefix("torch.")
-            seconds = time.perf_counter() - started
-            logger.info("compiled graph %d: Bi-RWKV block on %s %s, %.1f s", self.graphs, dtype, shape, seconds)
+            logger.info("compiled graph %d: Bi-RWKV block on %s %s", self.graphs, dtype, shape)
         return y
 
     def _counted(self, graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
