@@ -28,7 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the checkout
-from benchmarks.stepping import MODELS, make_images, new_model, read_model_config, start, wait_for  # noqa: E402
+from benchmarks.stepping import (  # noqa: E402
+    MODELS,
+    cuda_environment,
+    make_images,
+    new_model,
+    read_model_config,
+    start,
+    wait_for,
+)
 
 ENTROPY, OPTIMISER = "entropy model", "optimiser"
 GROUPS = (
@@ -184,20 +192,6 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
             for (group, name), (ms, count) in rows
         ],
         "environment": {**describe(arguments.threads), **cuda_environment(arguments.device)},
-    }
-
-
-def cuda_environment(device: str) -> dict[str, Any]:
-    """What CUDA figures depend on besides; nothing on the CPU."""
-    import torch
-
-    if device == "cpu":
-        return {}
-    return {
-        "device": torch.cuda.get_device_name(),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
     }
 
 
