@@ -164,6 +164,10 @@ class TrainSection:
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: the transforms alone; latents, likelihoods, rate and loss stay in float32."""
 
+    compile: bool = False
+    """Bi-RWKV blocks through torch.compile: faster after some minutes of compiling, with other rounding. Needs a C++
+    compiler on the CPU, Triton on a GPU."""
+
     gradient_checkpointing: bool = field(default=False, metadata=_MAY_CHANGE)
     """Recompute the Bi-RWKV blocks in the backward pass: less memory, more time, the same gradients."""
 

@@ -49,10 +49,14 @@ def train(config: RunConfig) -> None:
                 waited = time.perf_counter() - started
                 result = session.stepper(micro_batches, step=session.step, lr=stage.lr, asked_to_stop=stop.is_requested)
                 session.step += 1
-                stopping = result.stop and not session.done
+                log_due = session.step % config.log.every == 0 or session.step == stage.end
+                asked = result.stop
+                if asked or log_due or session.validation_due() or session.save_due():
+                    asked = session.stepper.settle()
+                stopping = asked and not session.done
                 tracker.add(result, micro_batches, seconds=time.perf_counter() - started, waited=waited)
-                if session.step % config.log.every == 0 or session.step == stage.end or stopping:
-                    tracker.write(session.step, stage)
+                if log_due or stopping:
+                    tracker.write(session.step, stage, session.stepper.compiled_graphs)
                 if session.validation_due() and not stopping:
                     session.validate(tracker)
                 if session.save_due() or stopping:

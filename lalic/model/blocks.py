@@ -13,6 +13,7 @@ float32: in bfloat16 the errors of y and of the gradients of g_a grow by a fifth
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,7 +112,13 @@ class ChannelMix(nn.Module):
 
 
 class BiRWKVBlock(nn.Module):
-    """One Bi-RWKV block on (B, C, H, W); `gradient_checkpointing` recomputes it whole in the backward pass."""
+    """One Bi-RWKV block on (B, C, H, W).
+
+    In training, `gradient_checkpointing` recomputes it whole in the backward pass, and `compiled_mix` takes the place
+    of its function: lalic.training.compiling.
+    """
+
+    compiled_mix: Callable[[BiRWKVBlock, Tensor], Tensor] | None
 
     def __init__(self, dim: int, hidden_rate: int = 4):
         super().__init__()
@@ -122,13 +129,17 @@ class BiRWKVBlock(nn.Module):
         self.att = SpatialMix(dim)
         self.ffn = ChannelMix(dim, hidden_rate)
         self.gradient_checkpointing = False
+        self.compiled_mix = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, H, W) -> (B, C, H, W), channels-last in memory."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if not (self.training and torch.is_grad_enabled()):
+            return self._mix(x)
+        mix = self.compiled_mix or BiRWKVBlock._mix
+        if self.gradient_checkpointing:
             # Nothing in a block draws random numbers, so their state needs no stash.
-            return checkpoint(self._mix, x, use_reentrant=False, preserve_rng_state=False)
-        return self._mix(x)
+            return checkpoint(mix, self, x, use_reentrant=False, preserve_rng_state=False)
+        return mix(self, x)
 
     def _mix(self, x: Tensor) -> Tensor:
         # No copy where x is channels-last already. The residual stream has the parameters' precision.

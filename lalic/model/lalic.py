@@ -18,10 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from compressai.entropy_models import EntropyBottleneck
 from compressai.latent_codecs import (
     ChannelGroupsLatentCodec,
-    CheckerboardLatentCodec,
     GaussianConditionalLatentCodec,
     HyperLatentCodec,
     HyperpriorLatentCodec,
@@ -34,6 +32,7 @@ from torch import Tensor, nn
 
 from lalic.model import coding, weights
 from lalic.model.blocks import BiRWKVBlock, EntropyParametersBlock
+from lalic.model.entropy import Bottleneck, Checkerboard
 
 STRIDE = 64
 """Image sides must be multiples of this: 16 for y, 4 more for z."""
@@ -125,7 +124,7 @@ class LALIC(SimpleVAECompressionModel):
         self.latent_codec = HyperpriorLatentCodec(
             latent_codec={
                 "y": _latent_codec_y(N, M, self.config["groups"]),
-                "hyper": HyperLatentCodec(EntropyBottleneck(N6), h_a=h_a, h_s=h_s, quantizer="ste"),
+                "hyper": HyperLatentCodec(Bottleneck(N6), h_a=h_a, h_s=h_s, quantizer="ste"),
             }
         )
         # Published checkpoints hold the hyper transforms under both names.
@@ -276,7 +275,7 @@ def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLaten
     for k, channels in enumerate(groups):
         # What is known before y_k: spatial context, channel context of the groups before, side information.
         known = channels * 2 + (channels * 2 if k > 0 else 0) + M
-        latent_codec[f"y{k}"] = CheckerboardLatentCodec(
+        latent_codec[f"y{k}"] = Checkerboard(
             latent_codec={"y": GaussianConditionalLatentCodec(quantizer="ste")},
             context_prediction=CheckerboardMaskedConv2d(
                 channels, channels * 2, kernel_size=5, stride=1, padding=2

@@ -115,13 +115,11 @@ def on_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
-def agree(accelerator: Accelerator, *flags: Tensor | bool) -> list[bool]:
-    """Each flag, true on every rank when it is true on any."""
-    device = accelerator.device
-    tensor = torch.stack([torch.as_tensor(flag, device=device).to(torch.int32) for flag in flags])
+def any_rank(accelerator: Accelerator, flags: Tensor) -> Tensor:
+    """Each flag (0 or 1), 1 on every rank when it is 1 on any; nobody waits for the device."""
     if accelerator.num_processes > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor.tolist()]
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags
 
 
 def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:

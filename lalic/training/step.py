@@ -11,6 +11,7 @@ main loss gives the quantiles exactly zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lalic.config import LossSection, TrainSection
 from lalic.model import LALIC
-from lalic.training.distributed import SharedError, agree, check_equal, seed_from
+from lalic.training.compiling import BlockCompiler, compile_errors
+from lalic.training.distributed import check_equal, seed_from
 from lalic.training.loss import rate_distortion
+from lalic.training.verdicts import Verdicts
 
 
 @dataclass(frozen=True)
@@ -33,25 +36,43 @@ class StepResult:
     """Scalars of this rank: those of `rate_distortion`, "aux" and "gradient_norm"."""
 
     stop: bool
-    """Some rank was asked to stop; true on all of them."""
+    """Some rank was asked to stop, as far as is known; the same on all of them."""
 
 
 class TrainStep:
-    """The model, its two optimisers, and the step. Calling it does one optimiser step over the global batch."""
+    """The model, its two optimisers, and the step. Calling it does one optimiser step over the global batch.
 
-    def __init__(self, accelerator: Accelerator, model: LALIC, train: TrainSection, loss: LossSection, seed: int):
+    On CUDA nothing in a step waits for the device: whether it was finite, and whether some rank was asked to stop, is
+    read `lag` = 1 steps later (lalic.training.verdicts). `settle` waits; call it before the state is used.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: LALIC,
+        train: TrainSection,
+        loss: LossSection,
+        seed: int,
+        *,
+        lag: int | None = None,
+    ):
         self.accelerator, self.train, self.seed = accelerator, train, seed
         self.metric, self.lmbda = loss.metric, loss.multiplier
         self.bare = model.to(accelerator.device).train()
         model.set_gradient_checkpointing(train.gradient_checkpointing)
         model.set_compute_dtype(torch.bfloat16 if train.precision == "bf16" else None)
+        self.compiler = BlockCompiler(accelerator) if train.compile else None
+        if self.compiler:
+            self.compiler.attach(model)
         self.main_parameters = model.main_parameters()
         keep_out_of_ddp(model, model.quantiles())
-        # The stage's learning rate comes with every step.
+        # The stage's learning rate comes with every step. Fused Adam alone leaves a step out without asking the host.
         main = torch.optim.Adam(self.main_parameters, lr=0.0, fused=True)
         self.aux_optimizer = torch.optim.Adam(model.quantiles(), lr=train.aux_lr, fused=True)
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, main)
+        self._optimizers = (main, self.aux_optimizer)
+        self.verdicts = Verdicts(accelerator, int(accelerator.device.type == "cuda") if lag is None else lag)
         check_equal(accelerator, model.parameters())
 
     def __call__(
@@ -68,26 +89,43 @@ class TrainStep:
             micro_batches: `train.accumulation` items with "x", uint8 (m, 3, H, W).
             asked_to_stop: whether this rank was; looked at after the backward pass, where the ranks agree.
 
-        Raises SharedError, with nothing applied, when the loss or a gradient of any rank is not finite.
+        When the loss or a gradient of any rank is not finite, neither this step nor a later one is applied, and
+        SharedError is raised: here, or with a lag by a later call or by `settle`.
         """
-        terms = [self._backward(batch["x"], step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
+        with compile_errors() if self.compiler else nullcontext():
+            terms = [self._backward(batch["x"], step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
         values = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         largest = self.train.clip or float("inf")
         values["gradient_norm"] = nn.utils.clip_grad_norm_(self.main_parameters, largest)
-        finite = values["loss"].isfinite() & values["gradient_norm"].isfinite()
-        broken, stop = agree(self.accelerator, ~finite, asked_to_stop())
-        if broken:
-            self._refuse(step, values)
+        broken = self.verdicts.give(step, values, asked_to_stop())
+        for optimizer in self._optimizers:
+            # How GradScaler tells them: where it is 1, the kernel leaves weights, moments and step count alone.
+            optimizer.found_inf = broken  # type: ignore[attr-defined]
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         values["aux"] = self._auxiliary_step()
-        return StepResult(values, stop)
+        self.verdicts.read()
+        return StepResult(values, self.verdicts.stop)
+
+    def settle(self) -> bool:
+        """Wait until it is known that all steps were applied; returns whether some rank was asked to stop.
+
+        Raises SharedError when a step was not finite. All ranks call it at the same steps.
+        """
+        return self.verdicts.settle()
+
+    @property
+    def compiled_graphs(self) -> int | None:
+        """Graphs that were compiled in this process; None without train.compile."""
+        return self.compiler.graphs if self.compiler else None
 
     def _backward(self, pixels: Tensor, step: int, index: int, count: int) -> dict[str, Tensor]:
         """Gradients of one micro-batch, added up; ranks exchange them at the last one."""
         accelerator = self.accelerator
-        x = pixels.to(accelerator.device, non_blocking=True).float() / 255
+        # Bytes go over the bus; layout and type change in one pass, to what the model works in.
+        x = pixels.to(accelerator.device, non_blocking=True)
+        x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         # Its place in the global batch seeds a micro-batch's noise: the same on any number of ranks.
         torch.manual_seed(seed_from(self.seed, step, index * accelerator.num_processes + accelerator.process_index))
         alone = isinstance(self.model, DistributedDataParallel) and index < count - 1
@@ -104,14 +142,6 @@ class TrainStep:
         self.aux_optimizer.step()
         self.aux_optimizer.zero_grad()
         return loss.detach()
-
-    def _refuse(self, step: int, values: Mapping[str, Tensor]) -> None:
-        self.optimizer.zero_grad()
-        raise SharedError(
-            f"step {step + 1} is not finite (loss {float(values['loss']):g}, gradient norm "
-            f"{float(values['gradient_norm']):g} on this rank) and was not applied: the last checkpoint is good; "
-            "lower the learning rate of the stage, or use train.precision=fp32"
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimisers, loadable with `weights_only`."""

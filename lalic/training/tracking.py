@@ -49,7 +49,8 @@ class Tracker:
             self._board = SummaryWriter(str(config.folder / TENSORBOARD), purge_step=step + 1)
 
     def _reset(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
         self._steps = self._bad = 0
         self._busy = self._waited = 0.0
 
@@ -57,22 +58,25 @@ class Tracker:
         self, result: StepResult, micro_batches: Sequence[Mapping[str, Any]], *, seconds: float, waited: float
     ) -> None:
         """Take note of one step: its values, how long it took, and how much of that went on waiting for data."""
-        for name, value in result.values.items():
-            value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._names = list(result.values)
+        values = torch.stack(list(result.values.values())).detach().double()
+        self._sums = values if self._sums is None else self._sums + values
         self._steps += 1
         self._bad += sum(batch["bad"] for batch in micro_batches)
         self._busy += seconds
         self._waited += waited
 
-    def write(self, step: int, stage: Stage) -> None:
-        """Write the means since the last call, as those after `step` steps of the run. All ranks call it."""
-        if not self._steps:
+    def write(self, step: int, stage: Stage, compiled_graphs: int | None = None) -> None:
+        """Write the means since the last call, as those after `step` steps of the run. All ranks call it.
+
+        This is where the device is waited for. `compiled_graphs`: those of this process so far, if it compiles.
+        """
+        if self._sums is None:
             return
-        sums = torch.stack([*self._sums.values(), torch.full_like(next(iter(self._sums.values())), self._bad)])
+        sums = torch.cat((self._sums, self._sums.new_full((1,), self._bad)))
         *means, bad = sum_over_ranks(self.accelerator, sums).tolist()
         count = self._steps * self.accelerator.num_processes
-        values = {name: value / count for name, value in zip(self._sums, means, strict=True)}
+        values = {name: value / count for name, value in zip(self._names, means, strict=True)}
         speed = self._steps * self.batch_size / self._busy
         extra = {
             "lr": stage.lr,
@@ -81,6 +85,8 @@ class Tracker:
             "bad_samples": int(bad),
             "memory_gib": peak_memory(self.accelerator.device) / 2**30,
         }
+        if compiled_graphs is not None:
+            extra["compiled_graphs"] = compiled_graphs
         self._reset()
         if not self.accelerator.is_main_process:
             return
