@@ -237,12 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import torch
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: no CUDA device; use --device cpu")
     torch.set_num_threads(arguments.threads)
-    environment = describe(arguments.threads)
-    if arguments.device == "cuda":
-        environment["device"] = torch.cuda.get_device_name()
+    environment = describe(arguments.threads, arguments.device)
     print(f"{environment['device']}, {environment['cpu']}, {arguments.threads} threads, torch {torch.__version__}")
     cases = []
     for shape in arguments.case or list(DEMANDED):

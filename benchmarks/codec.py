@@ -164,7 +164,8 @@ def stage_table(model: Any, tasks: dict[str, Task], rounds: int, wait: Task) -> 
 
 def print_report(result: dict[str, Any]) -> None:
     where = result["environment"]
-    print(f"{where['device_name']}, {where['threads']} threads, {result['model']} model, {result['picture']}")
+    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    print(f"{device}, {where['threads']} threads, {result['model']} model, {result['picture']}")
     print(f"{result['bpp']:.3f} bpp, {result['rounds']} rounds")
     for name, row in result["times"].items():
         print(f"{name:28} {row['median_ms']:10.1f} ms median {row['min_ms']:10.1f} ms fastest")
@@ -206,8 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks, coded = make_tasks(model, x.to(arguments.device), arguments.baseline, arguments.published)
     on_gpu = arguments.device == "cuda"
     wait: Task = torch.cuda.synchronize if on_gpu else lambda: None
-    environment = {**describe(arguments.threads), "device": arguments.device}
-    environment["device_name"] = torch.cuda.get_device_name() if on_gpu else environment["cpu"]
+    environment = describe(arguments.threads, arguments.device)
     result = {
         "command": " ".join(["python benchmarks/codec.py", *(sys.argv[1:] if argv is None else argv)]),
         "model": arguments.model,

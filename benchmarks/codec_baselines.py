@@ -1,12 +1,7 @@
-"""What encoding and decoding are measured beside: CompressAI's own coding, and the published code.
-
-The published operator is compiled when the first model is built, for one GPU generation; here it is compiled for the
-GPU that is there. Its sources may need `k.type()` replaced by `k.scalar_type()` first, where torch no longer takes it.
-"""
+"""What encoding and decoding are measured beside: CompressAI's own coding, and the published code."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,10 +36,9 @@ def published_tasks(folder: Path, model: Any, x: Any, decoded: Any) -> dict[str,
     """
     import torch
 
-    from lalic.model import published_state_dict
+    from benchmarks.published import load_published
 
-    theirs = import_published(folder)(**model.config).to(x.device).eval()
-    theirs.load_state_dict(published_state_dict(model))
+    theirs = load_published(folder, model).to(x.device).eval()
     theirs.update()
     compress, decompress = torch.no_grad()(theirs.compress), torch.no_grad()(theirs.decompress)
     coded = compress(x)
@@ -56,34 +50,3 @@ def published_tasks(folder: Path, model: Any, x: Any, decoded: Any) -> dict[str,
         "published encode": lambda: compress(x),
         "published decode": lambda: decompress(coded["strings"], coded["shape"]),
     }
-
-
-def import_published(folder: Path) -> Any:
-    """The published LALIC class; LalicError in one line when it does not import."""
-    import torch
-    from compressai.registry import MODELS
-    from torch.utils import cpp_extension
-
-    if not (folder / "models" / "lalic.py").is_file():
-        raise LalicError(f"{folder} is no checkout of the published code: it has no models/lalic.py")
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 6)
-    load, ours = cpp_extension.load, MODELS.get("LALIC")
-
-    def load_for_this_gpu(*arguments: Any, extra_cuda_cflags: Any = (), **named: Any) -> Any:
-        flags = [f for f in extra_cuda_cflags if "gencode" not in f]
-        flags.append(f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}")
-        return load(*arguments, extra_cuda_cflags=flags, **named)
-
-    sys.path.insert(0, str(folder))
-    cpp_extension.load = load_for_this_gpu
-    try:
-        from models.lalic import LALIC as Published
-    except Exception as error:
-        raise LalicError(f"the published code in {folder} does not import: {error}") from error
-    finally:
-        cpp_extension.load = load
-        sys.path.remove(str(folder))
-        if ours is not None:
-            MODELS["LALIC"] = ours  # it registers itself under the same name
-    # It compiles its operator when a model is built, with the function that it took at import.
-    return Published

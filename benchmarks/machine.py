@@ -23,8 +23,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on."""
+def describe(threads: int, device: str = "cpu", tf32: str | None = None) -> dict[str, Any]:
+    """What the figures depend on. `tf32`, "on" or "off", is what a script sets in place of torch's defaults."""
     import torch
     from lalic.kernels import backend, builder, cuda_builder
 
@@ -51,7 +51,9 @@ def describe(threads: int, device: str = "cpu") -> dict[str, Any]:
             "capability": ".".join(map(str, torch.cuda.get_device_capability())),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
+            "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
             "flags": cuda_builder.NVCC_FLAGS,
-            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "tf32_matmul": torch.backends.cuda.matmul.allow_tf32 if tf32 is None else tf32 == "on",
+            "tf32_cudnn": torch.backends.cudnn.allow_tf32 if tf32 is None else tf32 == "on",
         }
     return facts

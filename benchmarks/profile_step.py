@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the checkout
 from benchmarks.stepping import (  # noqa: E402
     MODELS,
-    cuda_environment,
     make_images,
     new_model,
     read_model_config,
@@ -191,7 +190,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
             {"operator": name, "group": group, "ms": ms / n, "share": ms / total, "calls": count / n}
             for (group, name), (ms, count) in rows
         ],
-        "environment": {**describe(arguments.threads), **cuda_environment(arguments.device)},
+        "environment": describe(arguments.threads, arguments.device),
     }
 
 

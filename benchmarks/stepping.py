@@ -60,24 +60,3 @@ def wait_for(device: str) -> None:
 
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def cuda_environment(device: str, tf32: str | None = None) -> dict[str, Any]:
-    """What CUDA figures depend on besides; nothing on the CPU. `tf32` "on" or "off" replaces torch's defaults."""
-    import torch
-    from lalic.kernels import backend
-
-    if device == "cpu":
-        return {}
-    if not torch.cuda.is_available():
-        raise SystemExit("error: --device cuda, but torch finds no CUDA device")
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    return {
-        "device": torch.cuda.get_device_name(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30,
-        "cuda": torch.version.cuda,
-        "cudnn_version": torch.backends.cudnn.version(),
-        "tf32": {"matmul": matmul, "cudnn": cudnn} if tf32 is None else {"matmul": tf32 == "on", "cudnn": tf32 == "on"},
-        "cuda_backend": backend.for_device(torch.device("cuda")).name,
-    }

@@ -43,7 +43,6 @@ from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the 
 from benchmarks.plain import use_plain_formulation  # noqa: E402
 from benchmarks.stepping import (  # noqa: E402
     MODELS,
-    cuda_environment,
     make_images,
     new_model,
     read_model_config,
@@ -94,7 +93,7 @@ def build_baseline(variant: str, arguments: argparse.Namespace) -> Any:
     if variant == "published":
         from benchmarks.published import load_published
 
-        model = load_published(arguments.published, config, model)
+        model = load_published(arguments.published, model)
     else:
         use_plain_formulation(model)
     model = model.to(arguments.device).train()
@@ -308,7 +307,7 @@ def main() -> None:
         work(arguments)
         return
     settings = {k: getattr(arguments, k) for k in ("model", "crop", "device", "rounds", "steps", "threads", "tf32")}
-    environment = {**describe(arguments.threads), **cuda_environment(arguments.device, arguments.tf32)}
+    environment = describe(arguments.threads, arguments.device, arguments.tf32)
     print(", ".join(f"{k} {v}" for k, v in settings.items() if v is not None), f"on {environment['device']}")
     batches = {}
     for batch in arguments.batch:

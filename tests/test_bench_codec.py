@@ -66,7 +66,7 @@ def test_published_code_that_does_not_import(root: Path, tmp_path: Path, source:
     if source:
         (tmp_path / "models").mkdir()
         (tmp_path / "models" / "lalic.py").write_text(source)
-    code = "import sys; from pathlib import Path; from benchmarks.codec_baselines import import_published as f; "
+    code = "import sys; from pathlib import Path; from benchmarks.published import import_published as f; "
     code += "f(Path(sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

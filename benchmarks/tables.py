@@ -1,0 +1,162 @@
+"""Writes benchmarks/README.md: the figures of results/*.json as tables. Run it after a benchmark has written there.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+RESULTS = ROOT / "benchmarks" / "results"
+
+HEAD = """# Benchmarks
+
+Each script measures beside a named baseline in one interleaved run, after checking that both sides compute the same,
+and writes its figures with the machine into `results/`. The tables here are made from those files by
+`python benchmarks/tables.py`. On a shared machine ratios vary by a tenth from run to run; where a script demands a
+ratio it ends with 1 when that is missed. Nothing here was measured on a GPU yet: the scripts take `--device cuda`
+for that.
+"""
+
+
+def table(titles: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    lines = [list(titles), *([str(cell) for cell in row] for row in rows)]
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([body[0], "|" + "---|" * len(lines[0]), *body[1:]])
+
+
+def section(title: str, result: dict[str, Any], *parts: str) -> str:
+    """A section with the machine and the command that made it."""
+    where = result["environment"]
+    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    origin = f"{device}, {where['threads']} threads, torch {where['torch']}, {where['date']}: `{result['command']}`"
+    return "\n\n".join([f"## {title}", origin, *parts])
+
+
+def biwkv(result: dict[str, Any]) -> str:
+    rows = [
+        (name, f"{r['of_minima']:.1f}x", f"{r['median_of_rounds']:.1f}x", r["demanded"])
+        for name, r in result["ratios"].items()
+    ]
+    shape = ", ".join(f"{k} {v}" for k, v in result["shape"].items())
+    titles = (f"float32, {shape}", "of the fastest runs", "median of rounds", "demanded")
+    return section("BiWKV", result, table(titles, rows))
+
+
+def block(result: dict[str, Any]) -> str:
+    parts = []
+    for case in result["cases"]:
+        shape = ", ".join(f"{k} {v}" for k, v in case["shape"].items())
+        rows = [
+            (
+                row["precision"],
+                row["mode"],
+                row["variant"],
+                f"{row['min_ms']:.1f}",
+                f"{row['speed_up_of_minima']:.2f}x",
+                f"{row['speed_up_median']:.2f}x",
+                f"{row['saved_mib']:.1f}" if "saved_mib" in row else "",
+                f"{row['peak_mib']:.1f}" if "peak_mib" in row else "",
+            )
+            for row in case["rows"]
+        ]
+        parts.append(
+            table((shape, "task", "variant", "ms, fastest", "vs plain", "median", "kept MiB", "peak MiB"), rows)
+        )
+    return section("One Bi-RWKV block beside its plain formulation", result, *parts)
+
+
+def train_step(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    parts = []
+    for batch, variants in result["batches"].items():
+        rows = [
+            (name, v["error"], "", "", "")
+            if "error" in v
+            else (
+                name,
+                f"{v['images_per_second']:.3f}",
+                f"{v['speed_up']:.2f}x",
+                f"{v['peak_mib']:.0f}",
+                f"{100 * v['peak_of_base']:.0f} %",
+            )
+            for name, v in variants.items()
+        ]
+        title = f"{settings['model']} model, crop {settings['crop']}, batch {batch}"
+        parts.append(table((title, "images/s", "speed-up", "peak MiB", "of base"), rows))
+    return section("Training step", result, *parts)
+
+
+def profile(results: dict[str, Any]) -> str:
+    names = list(results)
+    groups = sorted({g for r in results.values() for g in r["groups"]})
+    groups.sort(key=lambda g: -results[names[0]]["groups"].get(g, {"ms": 0})["ms"])
+    rows = [(g, *(f"{r['groups'].get(g, {'ms': 0})['ms']:.0f}" for r in results.values())) for g in groups]
+    rows.append(("**all operators**", *(f"**{r['operators_ms']:.0f}**" for r in results.values())))
+    rows.append(("step without the profiler", *(f"{r['step_ms_without_profiler']:.0f}" for r in results.values())))
+    rows.append(("operator calls", *(f"{r['operator_calls']:.0f}" for r in results.values())))
+    last = results[names[-1]]
+    return section("Where a training step's time goes", last, table(("ms of own time", *names), rows))
+
+
+def codec(result: dict[str, Any]) -> str:
+    limits = result["demanded"]
+    rows = [
+        (
+            name,
+            f"{r['median_of_rounds']:.2f}x",
+            f"{r['of_minima']:.2f}x",
+            f"<= {limits[name]:g}" if name in limits else "",
+        )
+        for name, r in result["ratios"].items()
+    ]
+    title = f"{result['model']} model, {result['picture']}, {result['bpp']:.2f} bpp"
+    ratios = table((title, "median of rounds", "of the fastest runs", "demanded"), rows)
+    stages = result["stages_ms"]
+    names = list(next(iter(stages.values())))
+    times = table(("ms", *names), [(task, *(f"{run[n]:.0f}" for n in names)) for task, run in stages.items()])
+    return section("Encoding and decoding", result, ratios, times)
+
+
+def resources(result: dict[str, Any]) -> str:
+    arches = list(dict.fromkeys(row["arch"] for row in result["kernels"]))
+    found = {(r["kernel"], r["type"], r["arch"]): r for r in result["kernels"]}
+    kinds = dict.fromkeys((r["kernel"], r["type"]) for r in result["kernels"])
+    rows = [
+        (*kind, *(f"{found[(*kind, a)]['registers']} / {found[(*kind, a)]['spill_bytes']}" for a in arches))
+        for kind in kinds
+    ]
+    origin = f"nvcc {result['nvcc']} with {result['flags']}: `{result['command']}`"
+    text = table(("kernel", "type", *(f"{a}: registers / spilled bytes" for a in arches)), rows)
+    return "\n\n".join(["## Registers and spills of the CUDA kernels", origin, text])
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "biwkv": biwkv,
+    "block": block,
+    "train_step": train_step,
+    "profile_step": profile,
+    "codec": codec,
+    "kernel_resources": resources,
+}
+
+
+def main() -> None:
+    from lalic.files import write_text
+
+    parts = [HEAD.rstrip()]
+    for name, make in SECTIONS.items():
+        for path in sorted(RESULTS.glob(f"{name}*.json")):
+            parts.append(make(json.loads(path.read_text())))
+    write_text(ROOT / "benchmarks" / "README.md", "\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    main()
