@@ -42,7 +42,7 @@ GROUPS = (
     ("BiWKV", r"biwkv"),
     ("compiled blocks", r"CompiledFxGraph|Torch-Compiled|CompiledFunction|^triton_|Dynamo|AOTDispatcher"),
     (OPTIMISER, r"_foreach|_fused_adam|linalg_vector_norm"),
-    ("convolutions", r"conv"),
+    ("convolutions", r"conv|depthwise_kernel"),
     ("matmul", r"mm$|mm_|linear|matmul"),
     ("layer norm", r"layer_norm"),
     (
@@ -61,7 +61,8 @@ GROUPS = (
     (
         "views and autograd",
         r"::(as_strided|view|_unsafe_view|permute|transpose|t|reshape|expand\w*|slice|select|unsqueeze|squeeze|alias"
-        r"|narrow|flatten|unfold|result_type|is_nonzero|item|_local_scalar_dense)_?$|^autograd::|Backward\d*$",
+        r"|narrow|flatten|unfold|result_type|is_nonzero|item|_local_scalar_dense)_?$|^autograd::|Backward\d*$"
+        r"|^_(NormedDepthwise|GatedLinear|SquaredReluMLP|Halves|Whole)$",  # what Python adds to them
     ),
 )
 """Names that decide, first to last."""
