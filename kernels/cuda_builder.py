@@ -26,6 +26,7 @@ from .builder import SOURCE_FOLDER, BuildError, Recipe, escape
 LIBRARY = "lalic_cuda.so"
 OPERATOR, KERNELS = "biwkv_cuda.cpp", "biwkv_cuda.cu"
 HEADERS = (
+    "biwkv_block.cuh",
     "biwkv_check.h",
     "biwkv_cuda.h",
     "biwkv_kernels.cuh",

@@ -48,10 +48,10 @@ class OmniShift(nn.Module):
 
     def merged_kernel(self) -> Tensor:
         """The 5x5 kernel (C, 1, 5, 5) that equals the weighted sum of the four branches."""
-        alpha = self.alpha
-        centre = alpha[0] + alpha[1] * self.conv1x1.weight
-        kernel = F.pad(alpha[2] * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1)), (1, 1, 1, 1))
-        return kernel + alpha[3] * self.conv5x5.weight
+        identity, one, three, five = self.alpha.unbind()
+        centre = identity + one * self.conv1x1.weight
+        kernel = F.pad(three * self.conv3x3.weight + F.pad(centre, (1, 1, 1, 1)), (1, 1, 1, 1))
+        return kernel + five * self.conv5x5.weight
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """The convolution of x, or of norm(x), which is then not kept: x (B, H, W, C) -> (B, H, W, C)."""
