@@ -192,9 +192,7 @@ def _walk(codec: Any, batch: int, rows: int, columns: int, code: Code) -> Tensor
     return y_hat
 
 
-def _code_group(
-    group: Any, own: slice, before: list[Tensor], side_halves: tuple[Tensor, Tensor], code: Code
-) -> Tensor:
+def _code_group(group: Any, own: slice, before: list[Tensor], side_halves: tuple[Tensor, Tensor], code: Code) -> Tensor:
     """y_hat (B, C, H, W) of one group, with the channel context (B, 2C, H, W) `before` it, if there is any."""
     side = side_halves[0]
     batch, _, height, half_width = side.shape

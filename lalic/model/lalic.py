@@ -147,9 +147,7 @@ class LALIC(SimpleVAECompressionModel):
         The strings are those of CompressAI: two for each channel group, then one for z. Needs `update()` once.
         """
         messages, grid, y_hat = self.messages(x)
-        z_strings, *y_strings = [
-            [m.tables.encode(symbols, indexes) for indexes, symbols in m.rows()] for m in messages
-        ]
+        z_strings, *y_strings = [[m.tables.encode(symbols, indexes) for indexes, symbols in m.rows()] for m in messages]
         return {
             "strings": [*y_strings, z_strings],
             "shape": {"y": self._group_shapes(grid), "hyper": grid},
@@ -251,9 +249,7 @@ def check_architecture(
 
 def _check_sides(x: Tensor) -> None:
     if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % STRIDE or x.shape[3] % STRIDE or not x.numel():
-        raise ValueError(
-            f"LALIC takes images (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x.shape)}"
-        )
+        raise ValueError(f"LALIC takes images (B, 3, H, W) with H and W multiples of {STRIDE}, got {tuple(x.shape)}")
 
 
 def _blocks(dim: int, depth: int) -> list[nn.Module]:
@@ -277,9 +273,7 @@ def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLaten
         known = channels * 2 + (channels * 2 if k > 0 else 0) + M
         latent_codec[f"y{k}"] = Checkerboard(
             latent_codec={"y": GaussianConditionalLatentCodec(quantizer="ste")},
-            context_prediction=CheckerboardMaskedConv2d(
-                channels, channels * 2, kernel_size=5, stride=1, padding=2
-            ),
+            context_prediction=CheckerboardMaskedConv2d(channels, channels * 2, kernel_size=5, stride=1, padding=2),
             entropy_parameters=sequential_channel_ramp(
                 known,
                 channels * 2,

@@ -116,9 +116,7 @@ class Cluster:
 
     def _spawn(self, *command: str) -> None:
         log = open(self.folder / f"{len(self._processes)}-{command[0]}.out", "wb")  # noqa: SIM115 the child keeps it
-        self._processes.append(
-            subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
-        )
+        self._processes.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=subprocess.STDOUT))
 
     def _wait(self, ready, what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
