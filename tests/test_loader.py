@@ -23,7 +23,7 @@ from lalic.data.images import decode_rgb
 from lalic.data.index import ShardIndex
 from lalic.data.loader import build_loader, worker_failure
 from lalic.data.order import EpochPlan, random_crop
-from lalic.data.reader import MAX_OPEN_SHARDS, ShardReader
+from lalic.data.reader import MAX_OPEN_SHARDS, LocalReader
 from lalic.errors import LalicError
 
 # torch's advice about more workers than processors is beside the point of these tests.
@@ -323,7 +323,7 @@ def test_open_files_stay_bounded(tmp_path):
         entries.append({"name": name, "bytes": size, "sha256": "", "samples": [sample]})
     (tmp_path / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
     index = ShardIndex.load(tmp_path)
-    reader = ShardReader(index)
+    reader = LocalReader(index)
     before = len(os.listdir("/proc/self/fd"))
     for sample in [*range(count), *range(count)]:
         assert decode_rgb(reader.read(sample), "x").shape == (8, 8, 3)

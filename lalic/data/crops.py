@@ -10,9 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from lalic.data.images import ImageError, decode_rgb
-from lalic.data.index import ShardIndex
 from lalic.data.order import random_crop, replacement_word
-from lalic.data.reader import ShardReader
+from lalic.data.reader import Reader
 from lalic.errors import LalicError
 
 # A bad sample is replaced by another one of its shard, which is near at hand; when that many fail, of any
@@ -39,11 +38,10 @@ class ShardCrops(Dataset[Any]):
     """
 
     def __init__(
-        self, index: ShardIndex, eligible: np.ndarray, *, crop: int, seed: int, first_epoch: int, flip: bool
+        self, reader: Reader, eligible: np.ndarray, *, crop: int, seed: int, first_epoch: int, flip: bool
     ) -> None:
-        self.index, self.eligible = index, eligible
+        self.reader, self.index, self.eligible = reader, reader.index, eligible
         self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
-        self._files = ShardReader(index)
 
     def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
         positions, samples = batch
@@ -52,6 +50,7 @@ class ShardCrops(Dataset[Any]):
         bad: list[tuple[int, str]] = []
         replaced = 0
         try:
+            self.reader.expect(samples.tolist())
             for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
                 found = self._fill(pixels[row], position, sample)
                 bad += found
@@ -91,7 +90,13 @@ class ShardCrops(Dataset[Any]):
         """(crop, crop, 3) uint8."""
         width, height = int(self.index.width[sample]), int(self.index.height[sample])
         left, top, mirror = random_crop(self.seed, epoch, index, width, height, self.crop, attempt)
-        data = self._files.read(sample)
+        data = self.reader.read(sample)
         box = (left, top, left + self.crop, top + self.crop)
-        pixels = decode_rgb(data, self.index.key(sample), box=box)
+        try:
+            pixels = decode_rgb(data, self.index.key(sample), box=box)
+        except ImageError:
+            again = self.reader.read_again(sample)
+            if again is None:
+                raise
+            pixels = decode_rgb(again, self.index.key(sample), box=box)
         return pixels[:, ::-1] if self.flip and mirror else pixels
