@@ -228,6 +228,7 @@ def test_too_many_bad_samples_stop_the_run_with_one_line(shards, workers):
     damage(shards, list(range(0, len(index), 2)))
     with pytest.raises(LalicError, match=r"samples could not be read, more than the allowed share of 0.01") as caught:
         list(loader(shards, workers=workers, num_steps=40))
+    assert f"check the shards with python data_prep/verify.py {shards}; the last" in str(caught.value)
     assert "\n" not in str(caught.value) and ".tar" in str(caught.value)
 
 
@@ -273,10 +274,31 @@ def test_a_tar_cut_in_half_is_named_before_anything_is_read(shards):
 
 def test_cut_after_the_start_is_a_bad_sample(shards):
     """Bytes that vanish under a running job cost samples, not the run, up to the allowed share."""
-    batches = loader(shards, max_bad=1.0)
+    batches = iter(loader(shards, max_bad=1.0))
+    assert sum(next(batches)["bad"] for _ in range(4)) == 0  # a whole epoch
     index = ShardIndex.load(shards)
     os.truncate(shards / "shard-000000.tar", int(index.offset[1]) + 10)
     assert sum(batch["bad"] for batch in batches) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_the_first_rank_looks_at_all_shards_and_the_others_at_those_they_open(shards, workers):
+    batches = loader(shards, rank=1, world_size=2, max_bad=1.0, workers=workers)
+    os.truncate(shards / "shard-000001.tar", 5000)
+    with pytest.raises(LalicError, match=r"shard-000001.tar is damaged or cut short: it has 5000 bytes") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    (shards / "shard-000001.tar").unlink()
+    loader(shards, rank=1, world_size=2)
+    with pytest.raises(LalicError, match=r"shard-000001.tar is missing: copy it again"):
+        loader(shards)
+
+
+def test_the_first_damaged_shard_is_named_and_the_way_to_look_at_all(shards):
+    for number in (7, 2, 5):
+        os.truncate(shards / f"shard-{number:06d}.tar", 1)
+    with pytest.raises(LalicError, match=r"shard-000002.tar is damaged or cut short"):
+        loader(shards)
 
 
 def test_crop_larger_than_some_leaves_them_out_with_a_count(made, caplog):
