@@ -22,7 +22,7 @@ import numpy as np
 
 from lalic.data.ahead import ahead
 from lalic.data.index import INDEX_NAME, ShardIndex
-from lalic.data.room import Part, Room
+from lalic.data.room import IDLE, Part, Room
 from lalic.errors import LalicError
 from lalic.files import sha256_of
 from lalic.remote import Remote, RemoteMissing
@@ -34,8 +34,6 @@ CHUNK = 8 << 20
 """Bytes of one request."""
 AHEAD = 8
 """Requests under way for one shard."""
-IDLE = 5.0
-"""Seconds after which what nobody wants any more makes room for a shard that is not needed yet."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DIGEST = re.compile(r"[0-9a-f]{64}")

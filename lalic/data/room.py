@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import time
@@ -26,6 +27,9 @@ from uuid import uuid4
 from lalic.files import fsync_folder
 
 logger = logging.getLogger("lalic.data")
+
+IDLE = 5.0
+"""Seconds after which what nobody wants any more makes room for what is not needed yet."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _ENTRY = re.compile(r"[0-9a-f]{64}-(\d+)(\.[0-9a-f]{32})?\.(tar|part)")
@@ -67,12 +71,12 @@ class Room:
     """One such folder, and how many bytes it may hold."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """Make the folder, and make it smaller when it holds more. Raises OSError."""
+        """Make the folder, and make it smaller when it holds more, but for what others want now. Raises OSError."""
         self.folder, self.limit = folder, limit
         self.has_locks = True
         folder.mkdir(parents=True, exist_ok=True)
         with self._deciding():
-            self._shrink(limit, 0.0)
+            self._shrink(limit, IDLE)
         if not self.has_locks:
             logger.warning("%s: this file system has no locks, every process fetches shards for itself", folder)
 
@@ -138,7 +142,8 @@ class Room:
         return over <= 0
 
     def _oldest(self, idle: float) -> list[_Entry]:
-        latest = time.time() - idle
+        # Without a limit of time none is looked at: the clock of a file server may be ahead of ours.
+        latest = time.time() - idle if idle else math.inf
         return sorted((e for e in self._entries() if e.wanted <= latest), key=lambda entry: entry.wanted)
 
     def _entries(self) -> Iterator[_Entry]:

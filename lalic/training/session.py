@@ -25,7 +25,7 @@ from lalic.data.source import open_shards
 from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
 from lalic.training import checkpoint
-from lalic.training.distributed import check_equal, on_first_rank, seed_from, together
+from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
 from lalic.training.environment import device_name, random_state, set_random_state, versions
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Schedule, Stage, plan
@@ -87,6 +87,10 @@ class Session:
         inputs = together(accelerator, lambda: read_inputs(config, resume_from))
         self.reader, self.index = inputs.reader, inputs.reader.index
         self.images, self.schedule = inputs.images, inputs.schedule
+        if len(set(gather_object([self.index.fingerprint]))) > 1:
+            raise SharedError(
+                f"data.shards={config.data.shards} does not hold the same samples on all machines: copy them again"
+            )
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] | None = None
