@@ -125,6 +125,13 @@ def codec(result: dict[str, Any]) -> str:
     return section("Encoding and decoding", result, ratios, times)
 
 
+def sample_order(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [(name, f"{1e3 * r['seconds']:.1f}", f"{r['mb']:.0f}") for name, r in result["rows"].items()]
+    title = f"{s['shards'] * s['per_shard']:,} samples in {s['shards']:,} shards, index.json {s['index_mb']:.0f} MB"
+    return section("Sample order", result, table((title, "ms", "MB more at the peak"), rows))
+
+
 def resources(result: dict[str, Any]) -> str:
     arches = list(dict.fromkeys(row["arch"] for row in result["kernels"]))
     found = {(r["kernel"], r["type"], r["arch"]): r for r in result["kernels"]}
@@ -144,6 +151,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": train_step,
     "profile_step": profile,
     "codec": codec,
+    "sample_order": sample_order,
     "kernel_resources": resources,
 }
 
