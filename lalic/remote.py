@@ -18,10 +18,9 @@ import asyncio
 import logging
 import os
 import random
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -38,6 +37,9 @@ T = TypeVar("T")
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
+# Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
+# inherited it does not have, one second for each, even in the thread that serves its own.
+_SYSTEMS: dict[tuple[Any, ...], Any] = {}
 # Of its own: the global generators belong to the training run.
 _JITTER = random.Random()
 
@@ -100,8 +102,6 @@ class Remote:
     endpoint: str | None = None
     """Of an S3-compatible server, such as http://127.0.0.1:9000; None: Amazon's, or AWS_ENDPOINT_URL."""
     patience: Patience = Patience()
-    _systems: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].strip("/"):
@@ -120,11 +120,10 @@ class Remote:
     @property
     def filesystem(self) -> Any:
         """The fsspec file system of this process. Raises RemoteError when there is none for the scheme."""
-        with self._lock:
-            process = os.getpid()
-            if process not in self._systems:
-                self._systems[process] = _file_system(self.scheme, self.endpoint, self.patience)
-            return self._systems[process]
+        key = os.getpid(), self.scheme, self.endpoint, self.patience
+        found = _SYSTEMS.get(key)
+        # No lock, which another thread could hold at a fork: of two that are made at once one is dropped unused.
+        return found or _SYSTEMS.setdefault(key, _file_system(self.scheme, self.endpoint, self.patience))
 
     def url(self, name: str = "") -> str:
         """Where `name` lies."""
