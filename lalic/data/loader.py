@@ -39,6 +39,9 @@ logger = logging.getLogger("lalic.data")
 _LEAST_SEEN = 1000
 
 
+_OF_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
 def build_loader(
     index: ShardIndex,
     *,
@@ -185,7 +188,12 @@ class CropLoader(DataLoader[Any]):
         self._logged: set[int] = set()
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        # The workers are forked with the signals blocked, so none reaches them before they have arranged theirs.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         prefetch = self.batches.prefetch(self.reader.cache) if self.reader.cache is not None else None
         try:
             if prefetch is not None:
@@ -256,12 +264,11 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
     it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds.
     """
-    for stop in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for stop in _OF_THE_TRAINER - {signal.SIGTERM}:
         signal.signal(stop, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Blocked before the thread begins, so that it has the same mask and no other thread takes the signal.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # SIGTERM stays blocked, in every thread, so that this thread alone takes it.
         threading.Thread(target=_end_at_request_of, args=(parent.pid,), daemon=True).start()
 
 
