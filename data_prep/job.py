@@ -7,8 +7,6 @@ first N usable images of the input, although nothing is read twice.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -18,11 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lalic.data.index import INDEX_NAME, INDEX_VERSION
+from lalic.data.index import INDEX_NAME
 from lalic.errors import LalicError
-from lalic.files import atomic_open
 
 from .feed import Feed, candidate_order
+from .index_file import IndexedShard, write_index
+from .manifest import ShardSum, write_manifest
+from .output import full_disk_in_one_line, output_folder
 from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
 from .sources import Listing, list_inputs, make_keys
 from .state import JobState, ShardRecord
@@ -31,8 +31,6 @@ from .workers import Workers
 from .writer import ShardWriter
 
 logger = logging.getLogger("lalic.data_prep")
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Part of job.json: raised when the same options would give other bytes than before.
 _FORMAT = 1
@@ -49,15 +47,26 @@ class Options:
     seed: int = 0
     prefix: str = "shard"
     keep_duplicates: bool = False
+    check: str = "full"
+    """Of CHECKS in validation.py."""
 
 
-def run_job(source: str | Path, output: str | Path, options: Options, *, workers: int) -> None:
-    """Shard `source` into the folder `output`, or finish what an earlier run began there.
+def run_job(
+    source: str | Path,
+    output: str | Path,
+    options: Options,
+    *,
+    workers: int,
+    manifest: str | Path | None = None,
+    endpoint: str | None = None,
+) -> None:
+    """Shard `source` into the folder or URL `output`, or finish what an earlier run began there.
 
+    `manifest`: also write the frozen manifest to this file or URL. `endpoint`: of an S3-compatible server.
     Raises LalicError for unusable input, an output folder of another job, or a full disk (what is done
     stays).
     """
-    output = Path(output)
+    folder = output_folder(output, endpoint)
     listing = list_inputs(source)
     for kind, count in listing.ignored.most_common():
         logger.info("passed over: %d %s", count, kind)
@@ -67,22 +76,20 @@ def run_job(source: str | Path, output: str | Path, options: Options, *, workers
         "images_sha256": listing.fingerprint(),
         **asdict(options),
     }
-    check = partial(check_image, limits=Limits(options.min_side, options.max_pixels))
-    pool = Workers(check, workers)
+    check = partial(check_image, limits=Limits(options.min_side, options.max_pixels, options.check))
+    # Decoding holds Python's lock for most of its time, reading and hashing let go of it.
+    pool = Workers(check, workers, threads=options.check == "headers")
     sharding = None
     try:
-        with JobState.open(output, job) as state:
+        with (
+            full_disk_in_one_line(folder.where, lambda: f"{sharding.shards if sharding else 0} finished shards are safe"),
+            JobState.open(folder, job) as state,
+        ):
             sharding = Sharding(state, listing, options, pool)
             sharding.run()
             sharding.finish(source)
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        safe = sharding.shards if sharding else 0
-        raise LalicError(
-            f"--output {output}: cannot be written on ({error.strerror}), {safe} finished shards are safe: "
-            "make room and run the same command again"
-        ) from error
+            if manifest is not None:
+                sharding.freeze(manifest, endpoint)
     except KeyboardInterrupt:
         logger.info("finished shards are safe: run the same command again to go on")
         raise
@@ -102,7 +109,7 @@ class Sharding:
         self.kept = self.bytes = self.built = 0
         self.numbers = 0
         """Records in all; the last one may be without a shard."""
-        self.shards = 0
+        self.shards: list[ShardSum] = []
         self._key_of_digest: dict[bytes, str] = {}
         self._began = time.monotonic()
 
@@ -131,11 +138,11 @@ class Sharding:
     def finish(self, source: str | Path) -> None:
         """Write the list of what was left out, then the index, and say how it went."""
         output = self.state.output
-        index, table = output / INDEX_NAME, output / LEFT_OUT_NAME
-        if not self.built and table.exists() and self.state.is_complete(index):
-            print(f"{output}: complete before this run, {self._amount()}; nothing to do")
+        table = output.path(LEFT_OUT_NAME)
+        if not self.built and output.size(LEFT_OUT_NAME) is not None and self.state.is_complete(INDEX_NAME):
+            print(f"{output.where}: complete before this run, {self._amount()}; nothing to do")
             return
-        write_left_out(table, (row for record in self._records() for row in record.left_out))
+        write_left_out(output, (row for record in self._records() for row in record.left_out))
         if not self.kept:
             # Nothing is worth keeping: when the images have been mended, the same command begins anew.
             self.state.forget()
@@ -143,14 +150,19 @@ class Sharding:
                 f"--input {source}: no usable image among {len(self.paths)} ({self.left_out.summary()}); "
                 f"{table} lists them"
             )
-        self._write_index(index)
-        self.state.complete(index)
+        write_index(output, self.options.prefix, self.options.seed, self.options.min_side, self._indexed())
+        self.state.complete(INDEX_NAME)
         if self.options.limit and self.kept < self.options.limit:
             logger.info("the input has only %d usable images, --limit asks for %d", self.kept, self.options.limit)
-        print(f"{output}: {self._amount()}; this run took {time.monotonic() - self._began:.1f} s")
+        print(f"{output.where}: {self._amount()}; this run took {time.monotonic() - self._began:.1f} s")
         if self.left_out.reasons:
             print(f"left out: {self.left_out.reasons.total()} images (each in {table})")
             print("\n".join(self.left_out.lines()))
+
+    def freeze(self, manifest: str | Path, endpoint: str | None) -> None:
+        """Write the manifest of what is in the shards."""
+        digest = write_manifest(manifest, asdict(self.options), self.shards, self._records(), endpoint)
+        print(f"{manifest}: manifest of {self.kept} images, sha256 of its rows {digest}")
 
     def _build(self, number: int, start: int, progress: Progress) -> ShardRecord:
         """Make the shard that begins at place `start` of the order."""
@@ -160,7 +172,7 @@ class Sharding:
             record.last = True
             return record
         name = self.state.shard_name(number)
-        with atomic_open(self.state.output / name) as file:
+        with self.state.output.open(name) as file:
             writer = ShardWriter(file, name, self.options.shard_size)
             while not record.last:
                 checked = self._next_usable(record, progress, len(writer.samples))
@@ -170,13 +182,13 @@ class Sharding:
                     break
                 else:
                     key = self.keys[self.feed.candidate()]
-                    writer.add(key, checked)
+                    writer.add(key, checked, self.paths[self.feed.candidate()])
                     self._key_of_digest[bytes.fromhex(checked.sha256)] = key
                     self.feed.advance()
                     record.stop = self.feed.position
                     record.last = self.kept + len(writer.samples) == self.options.limit
             record.shard = writer.close()
-            progress.reach(record.stop, self.kept + len(writer.samples), self._left_out_with(record))
+            progress.reach(record.stop, **self._counts(record, len(writer.samples)))
         return record
 
     def _next_usable(self, record: ShardRecord, progress: Progress, samples: int) -> Checked | None:
@@ -187,7 +199,7 @@ class Sharding:
                 twin = self._key_of_digest.get(bytes.fromhex(checked.sha256))
                 if twin is not None:
                     reason, detail = "duplicate", f"same bytes as {twin}"
-            progress.reach(self.feed.position, self.kept + samples, self._left_out_with(record))
+            progress.reach(self.feed.position, **self._counts(record, samples))
             if not reason:
                 return checked
             record.left_out.append([self.paths[self.feed.candidate()], reason, detail])
@@ -195,13 +207,13 @@ class Sharding:
             record.stop = self.feed.position
         return None
 
-    def _left_out_with(self, record: ShardRecord) -> int:
-        return self.left_out.reasons.total() + len(record.left_out)
+    def _counts(self, record: ShardRecord, samples: int) -> dict[str, int]:
+        return {"kept": self.kept + samples, "left_out": self.left_out.reasons.total() + len(record.left_out)}
 
     def _account(self, record: ShardRecord) -> None:
         self.kept += len(record.samples)
         if record.shard is not None:
-            self.shards += 1
+            self.shards.append(ShardSum(record.shard["bytes"], record.shard["sha256"], len(record.samples)))
             self.bytes += record.shard["bytes"]
         for sample in record.samples:
             self._key_of_digest[bytes.fromhex(sample["sha256"])] = sample["key"]
@@ -214,32 +226,17 @@ class Sharding:
             record = self.state.finished(number, position)
             if record is None:
                 raise LalicError(
-                    f"{self.state.output / self.state.shard_name(number)} was changed while this program "
+                    f"{self.state.output.path(self.state.shard_name(number))} was changed while this program "
                     "ran; run the same command again"
                 )
             position = record.stop
             yield record
 
-    def _write_index(self, path: Path) -> None:
-        """One line per sample, written as it goes: the index of a large job need not fit in memory."""
-        head = {"version": INDEX_VERSION, "prefix": self.options.prefix, "seed": self.options.seed}
-        with atomic_open(path, "w") as file:
-            file.write(json.dumps({**head, "min_side": self.options.min_side})[:-1] + ', "shards": [')
-            separator = "\n"
-            for record in self._records():
-                if record.shard is None:
-                    continue
-                shard = {name: record.shard[name] for name in ("name", "bytes", "sha256")}
-                file.write(separator + json.dumps(shard)[:-1] + ', "samples": [\n ')
-                file.write(",\n ".join(json.dumps(_indexed(sample)) for sample in record.samples))
-                file.write("\n]}")
-                separator = ",\n"
-            file.write("\n]}\n")
+    def _indexed(self) -> Iterator[IndexedShard]:
+        for record in self._records():
+            if record.shard is not None:
+                yield IndexedShard(**record.shard)
 
     def _amount(self) -> str:
-        shards = "1 shard" if self.shards == 1 else f"{self.shards} shards"
+        shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards"
         return f"{self.kept} images in {shards}, {self.bytes / 1e6:.1f} MB"
-
-
-def _indexed(sample: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in sample.items() if name != "sha256"}

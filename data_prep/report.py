@@ -8,12 +8,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 
 from tqdm import tqdm
 
-from lalic.files import atomic_open
+from .output import OutputFolder
 
 LEFT_OUT_NAME = "left_out.csv"
 
@@ -25,16 +24,16 @@ logger = logging.getLogger("lalic.data_prep")
 class Progress:
     """A bar on a terminal, a line now and then in a log file."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
+    def __init__(self, total: int, done: int = 0, what: str = "sharding", unit: str = "images") -> None:
         self._bar = tqdm(
             total=total,
             initial=done,
-            unit="img",
-            desc="sharding",
+            unit=unit.removesuffix("s"),
+            desc=what,
             disable=not sys.stderr.isatty(),
             smoothing=0.1,
         )
-        self._total, self._done = total, done
+        self._total, self._done, self._unit = total, done, unit
         self._begun_at = done
         self._begun = self._logged = time.monotonic()
 
@@ -46,22 +45,24 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def reach(self, done: int, kept: int, left_out: int) -> None:
-        """`done` candidates are dealt with, among them `left_out` unusable ones."""
+    def reach(self, done: int, **counts: int) -> None:
+        """`done` are dealt with; `counts`: what became of them."""
         if done > self._total:
             # Images beyond the limit stand in for unusable ones before it.
             self._total = self._bar.total = done
         self._bar.update(done - self._done)
-        self._bar.set_postfix(kept=kept, left_out=left_out, refresh=False)
+        self._bar.set_postfix(counts, refresh=False)
         self._done = done
         now = time.monotonic()
         if self._bar.disable and now - self._logged >= _LOG_EVERY:
             self._logged = now
             rate = (done - self._begun_at) / (now - self._begun)
             left = (self._total - done) / rate if rate else float("inf")
+            became = "".join(f", {count} {name.replace('_', ' ')}" for name, count in counts.items())
             logger.info(
-                "%d of %d images, %d kept, %d left out, %.0f images/s, %s left",
-                *(done, self._total, kept, left_out, rate, tqdm.format_interval(left) if rate else "?"),
+                "%d of %d %s%s, %.0f %s/s, %s left",
+                *(done, self._total, self._unit, became, rate, self._unit),
+                tqdm.format_interval(left) if rate else "?",
             )
 
 
@@ -87,13 +88,17 @@ class LeftOut:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
 
 
-def write_left_out(path: Path, rows: Iterable[list[str]]) -> None:
+def write_left_out(output: OutputFolder, rows: Iterable[list[str]]) -> None:
     """Write the table of path, reason and detail, atomically."""
-    with atomic_open(path, "w") as file:
+    write_table(output, LEFT_OUT_NAME, ["path", "reason", "detail"], rows)
+
+
+def write_table(output: OutputFolder, name: str, titles: list[str], rows: Iterable[list[str]]) -> None:
+    """Write a CSV file, atomically."""
+    with output.open_text(name) as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["path", "reason", "detail"])
-        for path_, reason, detail in rows:
-            table.writerow([printable(path_), reason, detail])
+        table.writerow(titles)
+        table.writerows([printable(cell) for cell in row] for row in rows)
 
 
 def printable(path: str) -> str:
