@@ -10,19 +10,31 @@ import sys
 from collections.abc import Callable, Sequence
 
 from lalic.data.images import MAX_PIXELS
+from lalic.errors import LalicError
 
+from .find import finders
 from .job import Options, run_job
+from .rebuild import run_rebuild
+from .validation import CHECKS
 from .writer import LEAST_SHARD_SIZE
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?B?)", re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FIXED_BY_MANIFEST = {
+    *("limit", "shard_size", "min_side", "max_pixels", "seed", "prefix", "keep_duplicates", "check", "manifest")
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and shard; LalicError for everything that the user can mend."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    if arguments.from_manifest is not None:
+        _rebuild(arguments, argv)
+        return 0
+    if arguments.staging is not None:
+        raise LalicError("--staging goes with --from-manifest only")
     options = Options(
         limit=arguments.limit,
         shard_size=arguments.shard_size,
@@ -31,9 +43,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=arguments.seed,
         prefix=arguments.prefix,
         keep_duplicates=arguments.keep_duplicates,
+        check=arguments.check,
     )
-    run_job(arguments.input, arguments.output, options, workers=arguments.workers)
+    run_job(
+        arguments.input,
+        arguments.output,
+        options,
+        workers=arguments.workers,
+        manifest=arguments.manifest,
+        endpoint=arguments.endpoint,
+    )
     return 0
+
+
+def _rebuild(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
+    """`--from-manifest`: what the manifest fixes cannot be asked for as well."""
+    parser = _parser()
+    parser.set_defaults(**dict.fromkeys(_FIXED_BY_MANIFEST))
+    given = vars(parser.parse_args(argv))
+    clash = sorted("--" + name.replace("_", "-") for name in _FIXED_BY_MANIFEST if given[name] is not None)
+    if clash:
+        raise LalicError(f"--from-manifest goes without {', '.join(clash)}: the manifest says what the shards hold")
+    run_rebuild(
+        arguments.from_manifest,
+        finders(arguments.input, arguments.workers),
+        arguments.output,
+        label=arguments.input,
+        workers=arguments.workers,
+        staging=arguments.staging,
+        endpoint=arguments.endpoint,
+    )
 
 
 def parse_size(text: str) -> int:
@@ -82,7 +121,30 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder, searched with its subfolders, or a text file with one path per line, relative to "
         "that file's folder ('#' begins a comment line)",
     )
-    add("--output", required=True, metavar="DIR", help="folder for the shards")
+    add(
+        "--output",
+        required=True,
+        metavar="DIR_OR_URL",
+        help="folder for the shards, or a URL such as s3://bucket/prefix (needs lalic[s3])",
+    )
+    add("--endpoint", metavar="URL", help="of an S3-compatible server (default: Amazon's, or AWS_ENDPOINT_URL)")
+    add(
+        "--manifest",
+        metavar="FILE",
+        help="also write the frozen manifest, such as out.csv.gz: what the shards hold, row by row, enough to make "
+        "the very same ones elsewhere. For a job that is complete, only this is done",
+    )
+    add(
+        "--from-manifest",
+        metavar="FILE",
+        help="make the shards and the index of this manifest, byte for byte, from --input, which may hold the images "
+        "in any order. Options that decide on the shards are the manifest's",
+    )
+    add(
+        "--staging",
+        metavar="DIR",
+        help="with --from-manifest and a URL as --output: a local folder for the shards under way",
+    )
     add(
         "--limit",
         type=_whole_number(1, 1 << 40),
@@ -131,6 +193,13 @@ def _parser() -> argparse.ArgumentParser:
         default="shard",
         metavar="NAME",
         help="the shards are called NAME-000000.tar ... (default: %(default)s)",
+    )
+    add(
+        "--check",
+        choices=CHECKS,
+        default="full",
+        help="full (the default): decode all of every image. headers: believe its header, and see that a JPEG has its "
+        "end and a PNG the right sums; many times faster, but images with damaged pixels are kept",
     )
     add("--keep-duplicates", action="store_true", help="take images with the very same bytes more than once")
     return parser

@@ -10,7 +10,7 @@ import re
 import zlib
 from array import array
 from binascii import unhexlify
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -206,7 +206,7 @@ class _Reader:
         self.keys.extend(columns["id"])
         self.sources.extend(columns["source"])
 
-    def _check_text(self, columns: dict[str, Sequence[bytes]]) -> None:
+    def _check_text(self, columns: Mapping[str, Sequence[bytes]]) -> None:
         checks = {
             "id": lambda x: re.fullmatch(_ONE_KEY, x),
             "sha256": lambda x: re.fullmatch(rb"[0-9a-f]{64}", x),
@@ -271,7 +271,9 @@ def _check_layout(numbers: dict[str, np.ndarray], first: np.ndarray, shard_bytes
     def demand(fine: np.ndarray, what: str) -> None:
         if not fine.all():
             row = int(np.argmin(fine))
-            raise _ManifestError(f"line {3 + row} {what} (its {', '.join(f'{n} {v[row]}' for n, v in numbers.items())})")
+            raise _ManifestError(
+                f"line {3 + row} {what} (its {', '.join(f'{n} {v[row]}' for n, v in numbers.items())})"
+            )
 
     counts = np.diff(first)
     demand(numbers["shard"] == np.repeat(np.arange(len(counts)), counts), "is not in the shard where it should be")

@@ -82,7 +82,9 @@ def run_job(
     sharding = None
     try:
         with (
-            full_disk_in_one_line(folder.where, lambda: f"{sharding.shards if sharding else 0} finished shards are safe"),
+            full_disk_in_one_line(
+                folder.where, lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe"
+            ),
             JobState.open(folder, job) as state,
         ):
             sharding = Sharding(state, listing, options, pool)

@@ -80,12 +80,16 @@ class Lease:
         """Whether there was no lease, and now there is ours."""
         if self._read() is not None:
             return False
-        try:
-            self._write("create")
-        except FileExistsError:
+
+        def create() -> bool:
+            try:
+                self._write("create")
+            except FileExistsError:
+                return False
+            return True
+
+        if not self.remote.patiently(create, self._url):
             return False
-        except OSError as error:
-            self.remote.patiently(lambda: _raise(error), self._url)
         time.sleep(_CONFIRM)
         return self._is_ours(self._read())
 
@@ -137,10 +141,6 @@ class Lease:
                     return
                 self._write("overwrite")
                 self._seen = time.monotonic()
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _this_process() -> dict[str, Any]:

@@ -100,7 +100,9 @@ class Parts:
         return hashlib.sha256(data).digest() == self.manifest.sample_sha256[sample].tobytes()
 
 
-def in_order(pool: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int = _AHEAD) -> Iterator[tuple[A, B]]:
+def in_order(
+    pool: Executor, function: Callable[[A], B], items: Iterable[A], ahead: int = _AHEAD
+) -> Iterator[tuple[A, B]]:
     """Yield (item, function(item)) in order, computed in `pool`, at most `ahead` items before they are asked for."""
     remaining = iter(items)
     waiting: list[tuple[A, Future[B]]] = [(item, pool.submit(function, item)) for item in islice(remaining, ahead)]

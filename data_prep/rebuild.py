@@ -25,7 +25,7 @@ from lalic.files import fsync_folder
 
 from .frozen import Manifest, Names
 from .index_file import IndexedShard, write_index
-from .output import LocalFolder, OutputFolder, full_disk_in_one_line, output_folder
+from .output import LocalFolder, full_disk_in_one_line, output_folder
 from .parts import Parts, in_order
 from .report import Progress, write_table
 from .state import JobState
@@ -75,7 +75,9 @@ def run_rebuild(
     rebuild: Rebuild | None = None
     try:
         with ExitStack() as stack:
-            stack.enter_context(full_disk_in_one_line(folder.where, lambda: f"{rebuild.done if rebuild else 0} samples are safe"))
+            stack.enter_context(
+                full_disk_in_one_line(folder.where, lambda: f"{rebuild.done if rebuild else 0} samples are safe")
+            )
             state = stack.enter_context(JobState.open(folder, job))
             if not isinstance(folder, LocalFolder):
                 local = LocalFolder(under_way)
@@ -150,7 +152,7 @@ class Rebuild:
         write_index(self.output, manifest.prefix, manifest.seed, manifest.min_side, self._indexed())
         self.state.complete(INDEX_NAME)
         self.output.remove(MISSING_NAME)
-        print(f"{where}: {amount}, the same bytes as in the manifest; this run took {time.monotonic() - self._began:.1f} s")
+        print(f"{where}: {amount}, as in the manifest; this run took {time.monotonic() - self._began:.1f} s")
 
     def _take_up(self) -> None:
         for shard, size in enumerate(self.manifest.shard_bytes.tolist()):

@@ -13,6 +13,11 @@ from PIL import Image
 from lalic.data.images import ImageError, decode_rgb, describe_error
 from lalic.errors import LalicError
 
+from .headers import upright_size
+
+CHECKS = ("full", "headers")
+"""full: all of the image is decoded. headers: kind, size and orientation, a JPEG's end, a PNG's sums."""
+
 _START_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -24,6 +29,7 @@ class Limits:
 
     min_side: int
     max_pixels: int
+    check: str = "full"
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,10 @@ def check_image(path: str, limits: Limits) -> Checked:
             _check_jpeg_end(data, path)
         if extension == "png":
             _check_png_sums(data, path)
-        height, width, _ = decode_rgb(data, path, max_pixels=limits.max_pixels).shape
+        if limits.check == "headers":
+            width, height = upright_size(data, extension, path, limits.max_pixels)
+        else:
+            height, width, _ = decode_rgb(data, path, max_pixels=limits.max_pixels).shape
         if min(width, height) < limits.min_side:
             detail = f"{width}x{height}, shorter side below {limits.min_side}"
             raise ImageError(path, "too small", detail)

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import NamedTuple
@@ -28,15 +28,19 @@ _AHEAD = 8
 class _Task(NamedTuple):
     path: str
     future: Future[Checked] | None
-    pool: ProcessPoolExecutor | None
+    pool: Executor | None
 
 
 class Workers:
-    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process."""
+    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process.
 
-    def __init__(self, check: Check, count: int) -> None:
-        self.check, self.count = check, count
-        self._pool: ProcessPoolExecutor | None = None
+    `threads`: threads instead, for a check that leaves Python's lock alone for most of its time; no bytes have to go
+    through a pipe then, but a crash of the decoder ends the program.
+    """
+
+    def __init__(self, check: Check, count: int, threads: bool = False) -> None:
+        self.check, self.count, self.threads = check, count, threads
+        self._pool: Executor | None = None
         self._single: ProcessPoolExecutor | None = None
         """One process, for the files that were under way when the pool broke."""
 
@@ -75,7 +79,7 @@ class Workers:
 
     def _submit(self, path: str) -> _Task:
         if self._pool is None:
-            self._pool = _new_pool(self.count)
+            self._pool = ThreadPoolExecutor(self.count) if self.threads else _new_pool(self.count)
         try:
             return _Task(path, self._pool.submit(self.check, path), self._pool)
         except BrokenProcessPool:

@@ -88,11 +88,11 @@ def member_header(key: str, extension: str, size: int) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def padded(size: int) -> int:
-    """`size` filled up to whole tar blocks."""
+def padded(size: Any) -> Any:
+    """`size`, a number or an array of them, filled up to whole tar blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
-def tar_size(end: int) -> int:
-    """Bytes of a tar whose last sample ends, filled up, at `end`: two empty blocks, then whole records."""
+def tar_size(end: Any) -> Any:
+    """Bytes of a tar (or of many) whose last sample ends, filled up, at `end`: two empty blocks, then whole records."""
     return -(-(end + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
