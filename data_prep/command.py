@@ -87,7 +87,7 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
-def _whole_number(least: int, most: int) -> Callable[[str], int]:
+def whole_number(least: int, most: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--limit",
-        type=_whole_number(1, 1 << 40),
+        type=whole_number(1, 1 << 40),
         metavar="N",
         help="take the first N usable images of the input (default: all; the published recipe uses 400000)",
     )
@@ -160,29 +160,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--min-side",
-        type=_whole_number(1, 1 << 20),
+        type=whole_number(1, 1 << 20),
         default=256,
         metavar="PIXELS",
         help="leave out images whose shorter side is below this (default: %(default)s)",
     )
     add(
         "--max-pixels",
-        type=_whole_number(1, MAX_PIXELS),
+        type=whole_number(1, MAX_PIXELS),
         default=1 << 26,
         metavar="N",
         help="leave out images with more pixels (decompression bombs; default: %(default)s)",
     )
     add(
         "--workers",
-        type=_whole_number(0, 1024),
-        default=_processors(),
+        type=whole_number(0, 1024),
+        default=processors(),
         metavar="N",
         help="processes that decode (default: one per processor, %(default)s); 0: none but this one. The "
         "result does not depend on it",
     )
     add(
         "--seed",
-        type=_whole_number(0, 2**64 - 1),
+        type=whole_number(0, 2**64 - 1),
         default=0,
         metavar="S",
         help="of the order of the images in the shards (default: %(default)s)",
@@ -205,5 +205,5 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _processors() -> int:
+def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -266,9 +266,12 @@ class RemoteFolder(OutputFolder):
             raise FileNotFoundError(self.path(name)) from None
 
     def blocks(self, name: str) -> Iterator[bytes]:
-        size = self.size(name)
+        try:
+            size = self.remote.info(name).size
+        except RemoteMissing:
+            raise FileNotFoundError(self.path(name)) from None
         if size is None:
-            raise FileNotFoundError(self.path(name))
+            raise LalicError(f"{self.path(name)}: the server does not tell its size")
         for start in range(0, size, _BLOCK):
             yield self.remote.read(name, start, min(size, start + _BLOCK))
 

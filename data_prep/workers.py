@@ -116,10 +116,10 @@ class Workers:
 def _new_pool(count: int) -> ProcessPoolExecutor:
     # Fresh processes rather than forks: a fork would copy the locks of the progress bar's thread as they are.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
+    return ProcessPoolExecutor(count, mp_context=context, initializer=begin_worker)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     # Ctrl-C reaches the whole terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
