@@ -173,9 +173,8 @@ class Rebuild:
             for sample in self.by_sum.find(int.from_bytes(digest[:8], "little", signed=True))
             if self.manifest.sample_sha256[sample].tobytes() == digest and len(data) == self.manifest.size[sample]
         ]
-        if not places:
-            for sample in self.wanted.samples(key):
-                self.other_bytes[sample] = True
+        for sample in self.wanted.samples(key):
+            self.other_bytes[sample] = sample not in places
         for sample in places:
             if self.pending[sample]:
                 shard = self.manifest.shard_of(sample)
