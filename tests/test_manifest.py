@@ -162,7 +162,7 @@ def test_images_that_were_renamed_are_found_by_their_bytes(made, tmp_path):
 def test_any_order_and_things_that_are_not_asked_for(made, tmp_path, seed):
     """What a stream of tars does: whatever comes, more than once, beside other files."""
     arrivals = [(path.name, path.read_bytes()) for path in (made / "in").rglob("*.*")]
-    arrivals += arrivals[:10] + [("extra", b"something else"), ("", b"")]
+    arrivals += [*arrivals[:10], ("extra", b"something else"), ("", b"")]
     random.Random(seed).shuffle(arrivals)
     run_rebuild(made / "m.csv.gz", [lambda wanted: iter(arrivals)], tmp_path, label="stream", workers=3)
     assert shards_of(tmp_path) == shards_of(made / "out")
@@ -235,10 +235,10 @@ def test_damage_in_a_part_is_noticed(made, tmp_path):
 
 
 def test_a_folder_of_another_job_is_not_touched(made, tmp_path):
-    with pytest.raises(LalicError, match="belongs to another job .it was made without --from-manifest"):
+    with pytest.raises(LalicError, match=r"belongs to another job .it was made without --from-manifest"):
         rebuild(made / "m.csv.gz", made / "in", made / "out")
     rebuild(made / "m.csv.gz", made / "in", tmp_path / "out")
-    with pytest.raises(LalicError, match="belongs to another job .it was made with --from-manifest"):
+    with pytest.raises(LalicError, match=r"belongs to another job .it was made with --from-manifest"):
         run_job(made / "in", tmp_path / "out", SMALL, workers=0)
     run_job(made / "in", tmp_path / "b", replace(SMALL, seed=1), workers=0, manifest=tmp_path / "b.csv")
     with pytest.raises(LalicError, match="another --from-manifest"):
@@ -308,7 +308,7 @@ BAD = {
     "no source": (cell(5, "source", ""), "line 8 has source ''"),
     "fields": (cell(5, "source", "a,b"), "line 8 has 11 fields"),
     "row gone": (lambda lines: lines.pop(10) and None, "line 12 is not in its place|has 39 rows"),
-    "rows swapped": (lambda lines: lines[:4] + [lines[5], lines[4]] + lines[6:], "is not in its place"),
+    "rows swapped": (lambda lines: [*lines[:4], lines[5], lines[4], *lines[6:]], "is not in its place"),
     "end gone": (lambda lines: lines[:20], "cut short in its last line"),
     "end gone at a line": (lambda lines: [*lines[:20], ""], "has 18 rows, its first line says 40"),
     "titles": (lambda lines: [lines[0], "a,b", *lines[2:]], "has other columns than id"),
@@ -343,7 +343,9 @@ def test_a_duplicated_key_is_named(made, tmp_path):
 
 def test_a_sum_that_was_edited_is_noticed_at_the_end(made, tmp_path):
     path = edited(made, tmp_path, head("shards", lambda s: [[s[0][0], "0" * 64, s[0][2]], *s[1:]]))
-    with pytest.raises(LalicError, match="shard-000000.tar: its samples are those of the manifest, but its sum is not"):
+    with pytest.raises(
+        LalicError, match=r"shard-000000.tar: its samples are those of the manifest, but its sum is not"
+    ):
         rebuild(path, made / "in", tmp_path / "out")
     assert not (tmp_path / "out" / "shard-000000.tar").exists()
 
@@ -398,6 +400,47 @@ def test_a_full_disk_while_rebuilding(made, tmp_path, root):
     assert shards_of(tmp_path / "out") == shards_of(made / "out")
 
 
+class Stop(BaseException):
+    """Nothing handles it, as nothing handles SIGKILL."""
+
+
+def test_stopped_in_the_middle_of_any_write_it_ends_in_the_same_bytes(made, tmp_path, monkeypatch):
+    """Half of a sample is written, then nothing more; the next run goes on from there."""
+    pwrite = os.pwrite
+    for step in range(1, 41, 2):
+        left = step
+
+        def write_or_stop(handle, data, offset):
+            nonlocal left
+            left -= 1
+            if left:
+                return pwrite(handle, data, offset)
+            pwrite(handle, data[: len(data) // 2], offset)
+            raise Stop
+
+        output = tmp_path / str(step)
+        monkeypatch.setattr(os, "pwrite", write_or_stop)
+        with pytest.raises(Stop):
+            rebuild(made / "m.csv.gz", made / "in", output)
+        monkeypatch.setattr(os, "pwrite", pwrite)
+        asked = []
+
+        def find(wanted, asked=asked):
+            asked.extend(wanted)
+            return next(finders(str(made / "in"), 1))(wanted)
+
+        run_rebuild(made / "m.csv.gz", [find], output, label="again", workers=1)
+        # All but the sample that was under way is there.
+        assert len(asked) == 41 - step and shards_of(output) == shards_of(made / "out")
+
+
+def blocks_in(folder: Path) -> int:
+    """Disk blocks of all shards and parts."""
+    if not folder.exists():
+        return 0
+    return sum(entry.stat().st_blocks for entry in os.scandir(folder) if "shard-" in entry.name)
+
+
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_points_it_ends_in_the_same_bytes(tmp_path, root, kills):
     for number in range(200):
@@ -411,7 +454,7 @@ def test_killed_at_random_points_it_ends_in_the_same_bytes(tmp_path, root, kills
         root, "--input", tmp_path / "in", "--output", output, "--from-manifest", tmp_path / "m.csv.gz"
     )
     delays = random.Random(7)
-    killed, safe = 0, []
+    killed = written = 0
     for kill in range(kills):
         # From a source that gives one more tenth (or so) each time, so that every run has something to do.
         have = (kill + 1) * 200 // (kills + 1)
@@ -419,12 +462,12 @@ def test_killed_at_random_points_it_ends_in_the_same_bytes(tmp_path, root, kills
         (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in listed))
         partial = [str(tmp_path / "list.txt") if part == str(tmp_path / "in") else part for part in command]
         process = subprocess.Popen(partial, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not list(output.glob(".*.part")):
-            time.sleep(0.002)
-        time.sleep(delays.uniform(0, 0.25))
+        while process.poll() is None and blocks_in(output) <= written:
+            time.sleep(0.0005)
+        time.sleep(delays.uniform(0, 0.01))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
-        safe.append(sum(path.stat().st_blocks for path in output.glob("*shard*")))
+        written = blocks_in(output)
     assert killed >= kills // 2 and not (output / "index.json").exists()
     subprocess.run(command, check=True, capture_output=True)
     assert shards_of(output) == shards_of(tmp_path / "whole")
