@@ -88,8 +88,11 @@ class Lease:
                 return False
             return True
 
-        if not self.remote.patiently(create, self._url):
-            return False
+        try:
+            if not self.remote.patiently(create, self._url):
+                return False
+        except RemoteMissing as error:
+            raise LalicError(f"--output {self.remote.root}: cannot be written to, there is no such place") from error
         time.sleep(_CONFIRM)
         return self._is_ours(self._read())
 

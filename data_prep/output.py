@@ -208,7 +208,7 @@ class RemoteFolder(OutputFolder):
     """A place behind a URL. Its files are listed once: between `held` and the end they are this process's own."""
 
     def __init__(self, url: str, endpoint: str | None = None) -> None:
-        super().__init__(url.rstrip("/"))
+        super().__init__(url if url.endswith("://") else url.rstrip("/"))
         # Few attempts here: below, the client library tries each request again, parts of uploads too.
         self.remote = Remote(self.where, endpoint, Patience(attempts=3))
         self._once = Remote(self.where, endpoint, Patience(attempts=1))
@@ -222,7 +222,8 @@ class RemoteFolder(OutputFolder):
         self._lease: Lease | None = None
 
     def prepare(self, state: str) -> None:
-        with suppress(NotImplementedError):
+        # Object stores have no folders; s3fs would make a bucket.
+        if self.remote.scheme not in _COMMIT_ON_CLOSE:
             self._ask(lambda: self.system.makedirs(self._url(state), exist_ok=True), self._url(state))
 
     @contextmanager
@@ -250,7 +251,8 @@ class RemoteFolder(OutputFolder):
             # Closing would commit what is there, so would the garbage collector's closing.
             with suppress(Exception):
                 file.discard()
-            file.closed = True
+            with suppress(AttributeError):
+                file.closed = True
             if not direct:
                 with suppress(Exception):
                     self.system.rm_file(temporary)
