@@ -1,4 +1,4 @@
-"""Shards written elsewhere: any fsspec file system, S3 (moto's server); whole or absent, resumed, one process at a time."""
+"""Shards written elsewhere: any fsspec file system, S3 (moto's server); whole or absent, resumed, one process alone."""
 
 from __future__ import annotations
 
@@ -365,7 +365,7 @@ def test_a_bucket_that_is_not_there_is_one_line(made, endpoint):
 
 def test_another_job_in_a_remote_folder_is_refused(made, memory):
     run_job(made / "in", memory, SMALL, workers=0)
-    with pytest.raises(LalicError, match="belongs to another job .--shard-size was 60000"):
+    with pytest.raises(LalicError, match=r"belongs to another job .--shard-size was 60000"):
         run_job(made / "in", memory, type(SMALL)(min_side=32), workers=0)
 
 
