@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -90,7 +90,7 @@ class JobState:
             return None
 
     def save(self, number: int, record: ShardRecord) -> None:
-        text = json.dumps(asdict(record), separators=(",", ":")) + "\n"
+        text = json.dumps(vars(record), separators=(",", ":")) + "\n"
         self.output.write_text(_record_name(number), text)
 
     def remove_from(self, number: int) -> None:
