@@ -1,17 +1,17 @@
 """Where the images come from, in one form for all: candidates in a fixed order, with names and keys.
 
-    folder     a folder of this machine                               folders.Folder
-    list       paths, URLs or OpenImages ids, one per line or CSV     lists -> folders.Folder, remote_source.RemoteFiles
-    bucket     s3://bucket/train/ and other places that can be listed remote_source.RemoteFiles
-    tars       x.tar, y.tar.gz, here or elsewhere                     tars.Tars
+    folder    of this machine                                     files.LocalFiles
+    list      paths, URLs or OpenImages ids, a line each, or CSV  lists -> files.LocalFiles, remote_files.RemoteFiles
+    bucket    s3://bucket/train/, whatever can be listed          remote_files.RemoteFiles
+    tars      x.tar, y.tar.gz, here or elsewhere                  tars.Tars
 
-`open_source` tells which it is.
+`opening.open_source` tells which it is.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,19 +63,23 @@ class Source(Protocol):
         """
         ...
 
-    def candidates(self, position: int, cursor: Cursor | None) -> Iterator[Candidate]:
+    def candidates(self, position: int, cursor: Cursor | None) -> Generator[Candidate, None, None]:
         """Yield the candidates from place `position` of the job's order on. Closing it ends what is under way.
 
         `cursor`: that of the candidate before `position`; None at the beginning.
         """
         ...
 
-    def second_look(self, candidate: Candidate) -> Candidate | None:
-        """The same candidate once more, if its bytes now are not those that it had; else None."""
+    def second_look(self, candidate: Candidate, checked: Checked) -> Candidate | None:
+        """The candidate once more, when it may look better then: bytes from elsewhere can be damaged on their way."""
+        ...
+
+    def checkpoint(self) -> None:
+        """A shard is about to be recorded: make the cursors that were given so far good for another process."""
         ...
 
     def finished(self, position: int) -> None:
-        """A shard is about to be recorded that ends before `position`: what lies before is not asked for again."""
+        """A shard that ends before `position` is recorded: what lies before is not asked for again."""
         ...
 
     def close(self) -> None:
