@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lalic.data.images import suffix_of, walk_files
 from lalic.data.order import shuffled
 
 from .keys import make_keys
+from .parts import in_order
 from .sources import SUFFIXES, Candidate, Cursor
 from .validation import Checked
 
@@ -33,6 +35,7 @@ class Files:
         self.label, self.names = label, names
         self.ignored: Counter[str] = ignored or Counter()
         self.count: int | None = len(names)
+        self.readers = 1
         self.order = np.arange(len(names))
         self._keys = keys
 
@@ -55,8 +58,6 @@ class Files:
     def second_look(self, candidate: Candidate, checked: Checked) -> Candidate | None:
         return None
 
-    def checkpoint(self) -> None: ...
-
     def finished(self, position: int) -> None: ...
 
     def close(self) -> None: ...
@@ -64,9 +65,9 @@ class Files:
     def note(self) -> str:
         return ""
 
-    def numbers_of(self, keys: Collection[str]) -> list[int]:
-        """Places in `names` of the samples called `keys`."""
-        return [number for number, key in enumerate(self.keys) if key in keys]
+    def _numbers(self, keys: Collection[str], *, inside: bool = True) -> list[int]:
+        """Places in `names` of the samples that are (not) called by one of `keys`."""
+        return [number for number, key in enumerate(self.keys) if (key in keys) == inside]
 
 
 class LocalFiles(Files):
@@ -90,11 +91,25 @@ class LocalFiles(Files):
             yield Candidate(name, (self.keys[number],), os.path.join(self.root, name))
 
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        for number in self.numbers_of(keys):
-            try:
-                yield self.keys[number], Path(self.root, self.names[number]).read_bytes()
-            except OSError:
-                continue
+        return self._read(self._numbers(keys))
+
+    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        return self._read(self._numbers(keys, inside=False))
+
+    def _read(self, numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        with ThreadPoolExecutor(self.readers) as pool:
+            paths = (os.path.join(self.root, self.names[number]) for number in numbers)
+            for number, (_, data) in zip(numbers, in_order(pool, _content, paths), strict=True):
+                if data is not None:
+                    yield self.keys[number], data
+
+
+def _content(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def list_folder(root: Path) -> LocalFiles:

@@ -225,7 +225,7 @@ class _Inflate:
 class _Stream(ctypes.Structure):
     """zlib's z_stream."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("next_in", ctypes.c_void_p),
         ("avail_in", ctypes.c_uint),
         ("total_in", ctypes.c_ulong),

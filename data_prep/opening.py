@@ -63,7 +63,7 @@ def open_source(
         raise LalicError(f"--input: {places[1]}: only tars can be several; make one list, or one job for each")
     else:
         source = _Opening(places[0], access, most, bucket, subset).source()
-    used = isinstance(source, RemoteFiles) or isinstance(source, LocalFiles) and source.root == bucket
+    used = isinstance(source, RemoteFiles) or (isinstance(source, LocalFiles) and source.root == bucket)
     for flag, value in (("--bucket", bucket), ("--subset", subset)):
         if value is not None and not used:
             raise LalicError(f"{flag} goes with a list of ids or names, not with --input {places[0]}")
@@ -148,9 +148,7 @@ class _Opening:
     def _below(self, root: str, listed: Listed, keys: Sequence[str] | None) -> Source:
         names = listed.entries
         if is_url(root):
-            return RemoteFiles(
-                self.place, root, names, self.access, most=self.most, ignored=listed.ignored, keys=keys
-            )
+            return RemoteFiles(self.place, root, names, self.access, most=self.most, ignored=listed.ignored, keys=keys)
         if not os.path.isdir(root):
             raise LalicError(f"--bucket {root}: is neither a URL nor a folder")
         return LocalFiles(self.place, root, names, listed.ignored, keys)

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lalic.errors import LalicError
@@ -41,7 +41,7 @@ class Access:
     requests_per_second: float | None = None
     sums: bool = True
     """Whether bytes are compared with the sums that servers give."""
-    patience: Patience = Patience()
+    patience: Patience = field(default_factory=Patience)
 
     def remote(self, root: str, *, encoded: bool = False) -> Remote:
         s3 = root.startswith(("s3://", "s3a://"))
@@ -152,13 +152,16 @@ class RemoteFiles(Files):
                 return None
 
         fetcher = Fetcher(fetch, self.access.connections)
-        numbers = self.numbers_of(keys)
+        numbers = self._numbers(keys)
         try:
             for number, data in zip(numbers, fetcher.stream(numbers), strict=True):
                 if data is not None:
                     yield self.keys[number], data
         finally:
             fetcher.close()
+
+    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        return iter(())
 
     def _fetch(self, place: int, fresh: bool = False) -> Candidate:
         """The candidate at `place` of the order, from the spool unless a `fresh` one is asked for."""
@@ -220,8 +223,8 @@ class RemoteFiles(Files):
                 return candidate
             except (RemoteMissing, RemoteRefused):
                 problem = LalicError(
-                    f"{self._url(self._good)} could be had before and is refused now: see whether access was withdrawn, "
-                    "then run the same command again"
+                    f"{self._url(self._good)} could be had before and is refused now: see whether access was "
+                    "withdrawn, then run the same command again"
                 )
             except LalicError as error:
                 problem = error

@@ -74,10 +74,6 @@ class Source(Protocol):
         """The candidate once more, when it may look better then: bytes from elsewhere can be damaged on their way."""
         ...
 
-    def checkpoint(self) -> None:
-        """A shard is about to be recorded: make the cursors that were given so far good for another process."""
-        ...
-
     def finished(self, position: int) -> None:
         """A shard that ends before `position` is recorded: what lies before is not asked for again."""
         ...
@@ -90,6 +86,9 @@ class Source(Protocol):
         """For the progress line: what went over the network, such as `12.1 MB/s, 3 retries`; empty if nothing."""
         ...
 
+    readers: int
+    """Threads with which `find` reads files of this machine."""
+
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """Yield (key, bytes) of the samples that are wanted, in the source's own best order, fetched ahead.
 
@@ -98,4 +97,8 @@ class Source(Protocol):
 
         Raises LalicError when the source fails.
         """
+        ...
+
+    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield what `find` would not: images may have been renamed. Nothing from places where that would be dear."""
         ...

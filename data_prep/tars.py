@@ -45,6 +45,7 @@ class Tars:
         self.label, self.places, self.access, self.most = label, places, access, most
         self.archives = _archive_names(places)
         self.count: int | None = None
+        self.readers = 1
         self.ignored: Counter[str] = Counter()
         self._throttle = access.throttle()
         self._remotes: list[Remote] = []
@@ -88,18 +89,21 @@ class Tars:
         return f"{fetched:.1f} MB/s fetched, {sum(remote.retries for remote in self._remotes)} retries"
 
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """All images, since all have to be read anyway: their bytes tell which of them are wanted."""
         for candidate in self.candidates(0, None):
             if candidate.error is not None:
                 raise candidate.error
-            for key in candidate.keys:
-                if key in keys and candidate.data is not None:
-                    yield key, candidate.data
+            if candidate.data is not None:
+                yield next((key for key in candidate.keys if key in keys), candidate.keys[0]), candidate.data
+
+    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        return iter(())
 
     def open(self, number: int) -> io.BufferedReader:
         """The bytes of a tar as they lie."""
         place = self.places[number]
         if not is_url(place):
-            return open(place, "rb", _BUFFER)
+            return io.BufferedReader(io.FileIO(place), _BUFFER)
         folder, _, name = place.rpartition("/")
         remote = self.access.remote(folder, encoded=True)
         size = remote.info(name).size
@@ -140,8 +144,7 @@ class _Tar:
         try:
             tar = self._tarfile(stream)
             while (member := tar.next()) is not None:
-                # Without this the list of all members stays in memory.
-                tar.members.clear()
+                _forget_members(tar)
                 candidate = self._candidate(tar, member)
                 if candidate is not None:
                     yield candidate
@@ -192,7 +195,7 @@ class _Tar:
         )
         if cursor:
             member = tar.next()
-            tar.members.clear()
+            _forget_members(tar)
             if member is None or member.name != cursor["name"]:
                 raise LalicError(
                     f"--input {self.place}: has changed since this job began: at byte {cursor['offset']} was "
@@ -235,7 +238,7 @@ class _Header(tarfile.TarInfo):
     """tarfile takes a damaged header for the end of the tar; here it is an error."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
         try:
             return super().fromtarfile(tar)
         except tarfile.HeaderError as error:
@@ -277,6 +280,11 @@ class _Forward:
         while self._place < place:
             if not self.read(min(_BUFFER, place - self._place)):
                 raise _Damaged("is cut short")
+
+
+def _forget_members(tar: tarfile.TarFile) -> None:
+    """tarfile keeps a list of all that it has seen, a kilobyte for each."""
+    tar.members = []  # type: ignore[attr-defined]
 
 
 def _passed_over(member: tarfile.TarInfo, name: str) -> str:

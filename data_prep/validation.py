@@ -14,6 +14,11 @@ from PIL import Image
 from lalic.data.images import ImageError, decode_rgb, describe_error
 from lalic.errors import LalicError
 
+from .headers import upright_size
+
+CHECKS = ("full", "headers")
+"""full: all of the image is decoded. headers: kind, size and orientation, a JPEG's end, a PNG's sums."""
+
 _START_OF_SCAN = b"\xda"
 _END_OF_IMAGE = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -25,6 +30,7 @@ class Limits:
 
     min_side: int
     max_pixels: int
+    check: str = "full"
 
 
 class File(NamedTuple):
@@ -62,7 +68,10 @@ def check_image(file: File, limits: Limits) -> Checked:
             _check_jpeg_end(data, name)
         if extension == "png":
             _check_png_sums(data, name)
-        height, width, _ = decode_rgb(data, name, max_pixels=limits.max_pixels).shape
+        if limits.check == "headers":
+            width, height = upright_size(data, extension, name, limits.max_pixels)
+        else:
+            height, width, _ = decode_rgb(data, name, max_pixels=limits.max_pixels).shape
         if min(width, height) < limits.min_side:
             detail = f"{width}x{height}, shorter side below {limits.min_side}"
             raise ImageError(name, "too small", detail)

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
@@ -30,15 +30,19 @@ _MOST_BYTES = 256 << 20
 class _Task(NamedTuple):
     item: Any
     future: Future[Checked] | None = None
-    pool: ProcessPoolExecutor | None = None
+    pool: Executor | None = None
 
 
 class Workers:
-    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process."""
+    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process.
 
-    def __init__(self, check: Check, count: int) -> None:
-        self.check, self.count = check, count
-        self._pool: ProcessPoolExecutor | None = None
+    `threads`: threads instead, for a check that leaves Python's lock alone for most of its time; no bytes have to go
+    through a pipe then, but a crash of the decoder ends the program.
+    """
+
+    def __init__(self, check: Check, count: int, threads: bool = False) -> None:
+        self.check, self.count, self.threads = check, count, threads
+        self._pool: Executor | None = None
         self._single: ProcessPoolExecutor | None = None
         """One process, for the files that were under way when the pool broke."""
 
@@ -84,7 +88,7 @@ class Workers:
         if isinstance(item, Checked):
             return _Task(item)
         if self._pool is None:
-            self._pool = _new_pool(self.count)
+            self._pool = ThreadPoolExecutor(self.count) if self.threads else _new_pool(self.count)
         try:
             return _Task(item, self._pool.submit(self.check, item), self._pool)
         except BrokenProcessPool:
@@ -128,10 +132,10 @@ def _held(item: Any) -> int:
 def _new_pool(count: int) -> ProcessPoolExecutor:
     # Fresh processes rather than forks: a fork would copy the locks of the progress bar's thread as they are.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
+    return ProcessPoolExecutor(count, mp_context=context, initializer=begin_worker)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     # Ctrl-C reaches the whole terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

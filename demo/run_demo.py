@@ -124,9 +124,7 @@ def _kill_once_logged(command: tuple[str | Path, ...], log: Path, step: int) -> 
     raise SystemExit(f"error: training ended with status {process.returncode} before step {step}")
 
 
-def _pictures(
-    out: Path, photos: Path, photo: Path, coded: Path, decoded: Path, result: Path, label: str
-) -> None:
+def _pictures(out: Path, photos: Path, photo: Path, coded: Path, decoded: Path, result: Path, label: str) -> None:
     from lalic.anchors import measure_pillow
     from lalic.data.images import read_rgb
     from lalic.metrics import bits_per_pixel, psnr

@@ -191,17 +191,19 @@ class Remote:
         bucket, _, prefix = self.root.partition("://")[2].partition("/")
         prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
         more: dict[str, str] = {}
+
+        def ask() -> dict[str, Any]:
+            page: dict[str, Any] = self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+            return page
+
         while True:
-            page = self.patiently(
-                lambda more=more: self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more),
-                self.root,
-            )
+            page = self.patiently(ask, self.root)
             for entry in page.get("Contents", ()):
                 if not entry["Key"].endswith("/"):
                     yield entry["Key"][len(prefix) :]
             if not page.get("IsTruncated"):
                 return
-            more = {"ContinuationToken": page["NextContinuationToken"]}
+            more["ContinuationToken"] = page["NextContinuationToken"]
 
     def info(self, name: str) -> Info:
         """Size and version of a file. Raises as `read`."""

@@ -213,7 +213,7 @@ def end_at_once() -> None:
 
 
 def test_workers_that_cannot_start_are_one_line(monkeypatch):
-    monkeypatch.setattr("lalic.data_prep.workers._begin_worker", end_at_once)
+    monkeypatch.setattr("lalic.data_prep.workers.begin_worker", end_at_once)
     workers = Workers(crash_on_bad, 1)
     try:
         with pytest.raises(LalicError, match="worker processes die at once"):
