@@ -11,11 +11,16 @@ from collections.abc import Callable, Sequence
 
 from lalic.data.images import MAX_PIXELS
 from lalic.errors import LalicError
+from lalic.remote import is_url
 
 from .find import finders
 from .job import Options, run_job
+from .lists import SUBSETS
+from .opening import OPENIMAGES, open_source
 from .rebuild import run_rebuild
-from .validation import CHECKS
+from .remote_files import Access
+from .sources import Source
+from .validation import CHECKS, Limits
 from .writer import LEAST_SHARD_SIZE
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -33,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.from_manifest is not None:
         _rebuild(arguments, argv)
         return 0
-    if arguments.staging is not None:
-        raise LalicError("--staging goes with --from-manifest only")
+    if arguments.staging is not None and not is_url(arguments.output):
+        raise LalicError("--staging goes with --from-manifest, or with a URL as --output")
     options = Options(
         limit=arguments.limit,
         shard_size=arguments.shard_size,
@@ -46,14 +51,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         check=arguments.check,
     )
     run_job(
-        arguments.input,
+        _source(arguments, Limits(options.min_side, options.max_pixels)),
         arguments.output,
         options,
         workers=arguments.workers,
         manifest=arguments.manifest,
         endpoint=arguments.endpoint,
+        scratch=arguments.staging,
     )
     return 0
+
+
+def _source(arguments: argparse.Namespace, limits: Limits) -> Source:
+    access = Access(
+        endpoint=arguments.endpoint,
+        connections=arguments.connections,
+        bytes_per_second=arguments.rate_limit,
+        requests_per_second=arguments.request_limit,
+        sums=not arguments.no_checksums,
+    )
+    return open_source(arguments.input, access, bucket=arguments.bucket, subset=arguments.subset, limits=limits)
 
 
 def _rebuild(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
@@ -64,11 +81,13 @@ def _rebuild(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
     clash = sorted("--" + name.replace("_", "-") for name in _FIXED_BY_MANIFEST if given[name] is not None)
     if clash:
         raise LalicError(f"--from-manifest goes without {', '.join(clash)}: the manifest says what the shards hold")
+    # Pixels beyond the default of --max-pixels may be in the manifest.
+    source = _source(arguments, Limits(1, MAX_PIXELS))
     run_rebuild(
         arguments.from_manifest,
-        finders(arguments.input, arguments.workers),
+        finders(source, arguments.workers),
         arguments.output,
-        label=arguments.input,
+        label=source.label,
         workers=arguments.workers,
         staging=arguments.staging,
         endpoint=arguments.endpoint,
@@ -76,15 +95,27 @@ def _rebuild(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `536870912`, `512MiB` or `512M` (binary), `500MB` (decimal)."""
+    """Bytes of `536870912`, `512MiB` or `512M` (binary), `500MB` (decimal); enough for a shard."""
+    size = _bytes(text)
+    if size < LEAST_SHARD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is too small, a shard has at least {LEAST_SHARD_SIZE} bytes")
+    return size
+
+
+def _bytes(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; examples: 536870912, 512MiB, 1GB")
     number, unit, suffix = (part.upper() for part in match.groups())
-    size = float(number) * (1000 if suffix == "B" else 1024) ** _UNITS[unit]
-    if size < LEAST_SHARD_SIZE:
-        raise argparse.ArgumentTypeError(f"{text!r} is too small, a shard has at least {LEAST_SHARD_SIZE} bytes")
-    return int(size)
+    return int(float(number) * (1000 if suffix == "B" else 1024) ** _UNITS[unit])
+
+
+def _rate(text: str) -> int:
+    """Bytes per second, such as `50MB` or `50MB/s`."""
+    size = _bytes(text.removesuffix("/s"))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing would come")
+    return size
 
 
 def whole_number(least: int, most: int) -> Callable[[str], int]:
@@ -114,13 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "again, it continues where it stopped. What was left out, and why, is listed in OUTPUT/left_out.csv.",
     )
     add = parser.add_argument
-    add(
-        "--input",
-        required=True,
-        metavar="DIR_OR_LIST",
-        help="a folder, searched with its subfolders, or a text file with one path per line, relative to "
-        "that file's folder ('#' begins a comment line)",
-    )
+    _add_input(parser)
     add(
         "--output",
         required=True,
@@ -143,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--staging",
         metavar="DIR",
-        help="with --from-manifest and a URL as --output: a local folder for the shards under way",
+        help="with a URL as --output: a local folder, for the shards under way with --from-manifest, else for what was "
+        "fetched and is in no shard yet (without it, a killed job fetches that again)",
     )
     add(
         "--limit",
@@ -203,6 +229,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--keep-duplicates", action="store_true", help="take images with the very same bytes more than once")
     return parser
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("input").add_argument
+    add(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="INPUT",
+        help="a folder, searched with its subfolders; a list (text or CSV, .gz or not, here or at a URL) of paths "
+        "relative to its folder, of URLs, or of OpenImages ids; a bucket such as s3://bucket/train/; or tars (.tar, "
+        ".tar.gz, .tgz; here or URLs; several are taken one after the other, in their own order)",
+    )
+    add(
+        "--bucket",
+        metavar="URL_OR_DIR",
+        help="where the images of a list of ids lie, as SUBSET/ID.jpg, or those of a list of relative names "
+        f"(default for ids: {OPENIMAGES})",
+    )
+    add(
+        "--subset",
+        choices=SUBSETS,
+        help=f"of a list of ids (default: what the list says, else {SUBSETS[0]})",
+    )
+    add(
+        "--connections",
+        type=whole_number(1, 100),
+        default=32,
+        metavar="N",
+        help="requests under way at once (default: %(default)s)",
+    )
+    add("--rate-limit", type=_rate, metavar="BYTES", help="take no more than this per second, such as 50MB")
+    add("--request-limit", type=whole_number(1, 1 << 20), metavar="N", help="send no more requests per second")
+    add(
+        "--no-checksums",
+        action="store_true",
+        help="do not compare with the checksums that servers give (for one whose ETags look like MD5s and are none)",
+    )
 
 
 def processors() -> int:

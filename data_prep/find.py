@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from .parts import in_order
+from .opening import open_source
 from .rebuild import Find
-from .sources import Listing, list_inputs, make_keys
+from .sources import Source
 
 
-def finders(source: str, workers: int) -> Iterator[Find]:
-    """First by name, then, since files may have been moved or renamed, all others by their bytes."""
-    listing = list_inputs(source)
-    keys = make_keys(listing.paths)
-    yield partial(_named, listing, keys, workers)
-    yield partial(_others, listing, keys, workers)
+def finders(source: Source | str | Path | Sequence[str], workers: int) -> Iterator[Find]:
+    """First by name, then, since files may have been moved or renamed, all others by their bytes.
 
-
-def _named(listing: Listing, keys: list[str], workers: int, wanted: Collection[str]) -> Iterable[tuple[str, bytes]]:
-    chosen = [number for number, key in enumerate(keys) if key in wanted]
-    return _read_all(listing, keys, chosen, workers)
-
-
-def _others(listing: Listing, keys: list[str], workers: int, wanted: Collection[str]) -> Iterable[tuple[str, bytes]]:
-    chosen = [number for number, key in enumerate(keys) if key not in wanted]
-    return _read_all(listing, keys, chosen, workers)
-
-
-def _read_all(listing: Listing, keys: list[str], chosen: list[int], workers: int) -> Iterator[tuple[str, bytes]]:
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        paths = (os.path.join(listing.root, listing.paths[number]) for number in chosen)
-        for number, (_, data) in zip(chosen, in_order(pool, _read, paths), strict=True):
-            if data is not None:
-                yield keys[number], data
-
-
-def _read(path: str) -> bytes | None:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError:
-        return None
+    `workers`: threads that read files of this machine.
+    """
+    opened = open_source(source) if isinstance(source, (str, Path, Sequence)) else source
+    opened.readers = max(1, workers)
+    yield opened.find
+    yield opened.find_others

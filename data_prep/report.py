@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from tqdm import tqdm
@@ -24,7 +24,15 @@ logger = logging.getLogger("lalic.data_prep")
 class Progress:
     """A bar on a terminal, a line now and then in a log file."""
 
-    def __init__(self, total: int, done: int = 0, what: str = "sharding", unit: str = "images") -> None:
+    def __init__(
+        self,
+        total: int | None,
+        done: int = 0,
+        what: str = "sharding",
+        unit: str = "images",
+        note: Callable[[], str] = str,
+    ) -> None:
+        """`total`: None when nobody knows; `note`: what else to say, empty for nothing."""
         self._bar = tqdm(
             total=total,
             initial=done,
@@ -33,7 +41,7 @@ class Progress:
             disable=not sys.stderr.isatty(),
             smoothing=0.1,
         )
-        self._total, self._done, self._unit = total, done, unit
+        self._total, self._done, self._unit, self._note = total, done, unit, note
         self._begun_at = done
         self._begun = self._logged = time.monotonic()
 
@@ -47,21 +55,28 @@ class Progress:
 
     def reach(self, done: int, **counts: int) -> None:
         """`done` are dealt with; `counts`: what became of them."""
-        if done > self._total:
+        if self._total is not None and done > self._total:
             # Images beyond the limit stand in for unusable ones before it.
             self._total = self._bar.total = done
         self._bar.update(done - self._done)
-        self._bar.set_postfix(counts, refresh=False)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(
+                ", ".join([*(f"{k}={n}" for k, n in counts.items()), self._note()]), refresh=False
+            )
         self._done = done
         now = time.monotonic()
         if self._bar.disable and now - self._logged >= _LOG_EVERY:
             self._logged = now
             rate = (done - self._begun_at) / (now - self._begun)
-            left = (self._total - done) / rate if rate else float("inf")
             became = "".join(f", {count} {name.replace('_', ' ')}" for name, count in counts.items())
+            note = f", {self._note()}" if self._note() else ""
+            if self._total is None:
+                logger.info("%d %s%s, %.0f %s/s%s", done, self._unit, became, rate, self._unit, note)
+                return
+            left = (self._total - done) / rate if rate else float("inf")
             logger.info(
-                "%d of %d %s%s, %.0f %s/s, %s left",
-                *(done, self._total, self._unit, became, rate, self._unit),
+                "%d of %d %s%s, %.0f %s/s%s, %s left",
+                *(done, self._total, self._unit, became, rate, self._unit, note),
                 tqdm.format_interval(left) if rate else "?",
             )
 

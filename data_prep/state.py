@@ -43,6 +43,8 @@ class ShardRecord:
     """The entry for the index, with sha256 and source per sample; None when a last stretch had no usable image."""
     left_out: list[list[str]] = field(default_factory=list)
     """[path, reason, detail] of each."""
+    cursor: dict[str, Any] | None = None
+    """Where the source goes on behind it, if that is not told by `stop`."""
 
     @property
     def samples(self) -> list[dict[str, Any]]:
@@ -182,7 +184,7 @@ def _difference_in_kind(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _difference(name: str, before: object, now: object) -> str:
-    if name == "images_sha256":
-        return "the images have other names"
-    flag = "the number of images" if name == "images" else "--" + name.replace("_", "-")
+    if name in ("images_sha256", "tars_sha256"):
+        return f"the {name.partition('_')[0]} have other names"
+    flag = f"the number of {name}" if name in ("images", "tars") else "--" + name.replace("_", "-")
     return f"{flag} was {before}, is now {now}"

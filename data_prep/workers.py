@@ -13,22 +13,24 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lalic.errors import LalicError
 
 from .validation import Checked
 
-Check = Callable[[str], Checked]
+Check = Callable[[Any], Checked]
 
 # Files per process that are read ahead: enough to ride over one slow file, few enough to hold their bytes.
 _AHEAD = 8
+# Of files that are given as bytes, no more than this besides.
+_MOST_BYTES = 256 << 20
 
 
 class _Task(NamedTuple):
-    path: str
-    future: Future[Checked] | None
-    pool: Executor | None
+    item: Any
+    future: Future[Checked] | None = None
+    pool: Executor | None = None
 
 
 class Workers:
@@ -44,22 +46,27 @@ class Workers:
         self._single: ProcessPoolExecutor | None = None
         """One process, for the files that were under way when the pool broke."""
 
-    def stream(self, paths: Iterable[str]) -> Generator[Checked, None, None]:
-        """Yield `check(path)` for every path, in order."""
+    def stream(self, items: Iterable[Any]) -> Generator[Checked, None, None]:
+        """Yield `check(item)` for every item, in order. An item that is an outcome already passes through."""
         if not self.count:
-            yield from map(self.check, paths)
+            for item in items:
+                yield item if isinstance(item, Checked) else self.check(item)
             return
         waiting: deque[_Task] = deque()
-        remaining = iter(paths)
+        held = 0
+        remaining = iter(items)
         try:
             while True:
-                for path in remaining:
-                    waiting.append(self._submit(path))
-                    if len(waiting) > self.count * _AHEAD:
+                for item in remaining:
+                    waiting.append(self._submit(item))
+                    held += _held(item)
+                    if len(waiting) > self.count * _AHEAD or held > _MOST_BYTES:
                         break
                 if not waiting:
                     return
-                yield self._result(waiting.popleft())
+                task = waiting.popleft()
+                held -= _held(task.item)
+                yield self._result(task)
         finally:
             for task in waiting:
                 if task.future:
@@ -77,16 +84,20 @@ class Workers:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _submit(self, path: str) -> _Task:
+    def _submit(self, item: Any) -> _Task:
+        if isinstance(item, Checked):
+            return _Task(item)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.count) if self.threads else _new_pool(self.count)
         try:
-            return _Task(path, self._pool.submit(self.check, path), self._pool)
+            return _Task(item, self._pool.submit(self.check, item), self._pool)
         except BrokenProcessPool:
             self._close_pool()
-            return _Task(path, None, None)
+            return _Task(item)
 
     def _result(self, task: _Task) -> Checked:
+        if isinstance(task.item, Checked):
+            return task.item
         if task.future is not None:
             try:
                 return task.future.result()
@@ -94,14 +105,14 @@ class Workers:
                 # Every task of that pool ends here; by the second one, a new pool is at work.
                 if self._pool is task.pool:
                     self._close_pool()
-        return self._check_alone(task.path)
+        return self._check_alone(task.item)
 
-    def _check_alone(self, path: str) -> Checked:
+    def _check_alone(self, item: Any) -> Checked:
         """Check one file with nothing beside it: if the process dies again, the file is the cause."""
         if self._single is None:
             self._single = _new_pool(1)
         try:
-            return self._single.submit(self.check, path).result()
+            return self._single.submit(self.check, item).result()
         except BrokenProcessPool:
             self._single = _new_pool(1)
         try:
@@ -111,6 +122,11 @@ class Workers:
                 "the worker processes die at once: free some memory, or use --workers 0 to see why"
             ) from None
         return Checked(reason="crashes the decoder")
+
+
+def _held(item: Any) -> int:
+    """Bytes that an item holds while it waits."""
+    return len(getattr(item, "data", None) or b"")
 
 
 def _new_pool(count: int) -> ProcessPoolExecutor:

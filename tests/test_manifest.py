@@ -250,7 +250,7 @@ def test_options_that_the_manifest_fixes_are_refused(made, tmp_path):
     for flags in (["--limit", "5"], ["--seed", "0"], ["--check", "full"], ["--keep-duplicates"], ["--manifest", "x"]):
         with pytest.raises(LalicError, match=f"--from-manifest goes without {flags[0]}:"):
             main([*command, "--from-manifest", str(made / "m.csv.gz"), *flags])
-    with pytest.raises(LalicError, match="--staging goes with --from-manifest only"):
+    with pytest.raises(LalicError, match="--staging goes with --from-manifest, or with a URL"):
         main([*command, "--staging", str(tmp_path)])
     assert not (tmp_path / "out").exists()
 
