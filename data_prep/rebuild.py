@@ -38,9 +38,6 @@ logger = logging.getLogger("lalic.data_prep")
 _FORMAT = 1
 _BLOCK = 4 << 20
 
-Find = Callable[[Collection[str]], Iterable[tuple[str, bytes]]]
-"""Of the samples with these keys, those that a source has: (key, bytes) in any order, unchecked."""
-
 
 def run_rebuild(
     manifest_path: str | Path,
@@ -106,7 +103,7 @@ class Rebuild:
         self.open_samples = np.diff(manifest.first)
         """(S,) samples that each shard still lacks."""
         self.by_sum = _Lookup(np.ascontiguousarray(manifest.sample_sha256[:, :8]).view("<i8")[:, 0])
-        self.wanted = Wanted(manifest.keys, self.pending)
+        self.wanted = Wanted(manifest.keys, manifest.size, self.pending)
         self.made = 0
         self._began = time.monotonic()
 
@@ -245,14 +242,18 @@ class Rebuild:
 class Wanted(Collection[str]):
     """The keys of the samples that are still to be had: shrinks while they come, in the order of the shards."""
 
-    def __init__(self, keys: Names, pending: np.ndarray) -> None:
-        self._keys, self._pending = keys, pending
+    def __init__(self, keys: Names, size: np.ndarray, pending: np.ndarray) -> None:
+        self._keys, self._size, self._pending = keys, size, pending
         self._lookup = _Lookup(np.fromiter((hash(keys[i]) for i in range(len(keys))), np.int64, len(keys)))
 
     def samples(self, key: str) -> list[int]:
         """The samples (one, or none) of a key, whether they have come or not."""
         name = key.encode("utf-8", "surrogateescape")
         return [sample for sample in self._lookup.find(hash(name)) if self._keys[sample] == name]
+
+    def sizes(self) -> set[int]:
+        """Bytes of the samples that are wanted."""
+        return set(np.unique(self._size[self._pending]).tolist())
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and any(self._pending[sample] for sample in self.samples(key))
@@ -264,6 +265,10 @@ class Wanted(Collection[str]):
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self._pending))
+
+
+Find = Callable[[Wanted], Iterable[tuple[str, bytes]]]
+"""Of the samples that are wanted, those that a source has: (key, bytes) in any order, unchecked."""
 
 
 class _Lookup:
