@@ -279,10 +279,12 @@ class _Lookup:
         self._sorted = numbers[self._order]
 
     def find(self, number: int) -> list[int]:
-        wanted = np.int64(number)
-        start = np.searchsorted(self._sorted, wanted, side="left")
-        stop = np.searchsorted(self._sorted, wanted, side="right")
-        return self._order[start:stop].tolist()
+        place = int(self._sorted.searchsorted(np.int64(number)))
+        found = []
+        while place < len(self._sorted) and self._sorted[place] == number:
+            found.append(int(self._order[place]))
+            place += 1
+        return found
 
 
 def _sum(arrival: tuple[str, bytes]) -> bytes:
