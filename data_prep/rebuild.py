@@ -152,16 +152,20 @@ class Rebuild:
         print(f"{where}: {amount}, as in the manifest; this run took {time.monotonic() - self._began:.1f} s")
 
     def _take_up(self) -> None:
+        unfinished = []
         for shard, size in enumerate(self.manifest.shard_bytes.tolist()):
-            samples = slice(int(self.manifest.first[shard]), int(self.manifest.first[shard + 1]))
             if self.output.size(self.manifest.shard_name(shard)) == size:
                 # It got its name after its sum was right.
-                self.pending[samples] = False
+                self.pending[self.manifest.first[shard] : self.manifest.first[shard + 1]] = False
                 self.open_samples[shard] = 0
-                continue
-            for sample in self.parts.found(shard, self.pool):
-                self._mark(shard, sample)
-            self._finish_if_full(shard)
+            elif self.parts.path(shard).exists():
+                unfinished.append(shard)
+        with Progress(len(unfinished), what="looking through what is there", unit="shards") as progress:
+            for number, shard in enumerate(unfinished):
+                for sample in self.parts.found(shard, self.pool):
+                    self._mark(shard, sample)
+                self._finish_if_full(shard)
+                progress.reach(number + 1, images=self.done)
 
     def _take(self, key: str, data: bytes, digest: bytes) -> None:
         """Write an image wherever the manifest has its sum."""

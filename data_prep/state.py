@@ -157,7 +157,7 @@ class JobState:
 
     def _remove_leavings(self) -> None:
         """Temporary files of a run that was killed; the lock says that it is gone."""
-        files = re.compile(rf"\.({re.escape(self.prefix)}-.*\.tar|{re.escape(INDEX_NAME)}|[a-z_]+\.csv)\.\d+\.tmp")
+        files = re.compile(rf"\.({re.escape(self.prefix)}-.*\.tar|{re.escape(INDEX_NAME)}|.*\.csv(\.gz)?)\.\d+\.tmp")
         for name in self.output.names():
             if files.fullmatch(name):
                 self.output.remove(name)
