@@ -7,6 +7,7 @@ import io
 import random
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -381,14 +382,13 @@ def test_memory_stays_bounded(tmp_path, root):
                 add(tar, f"n/{number}.txt", b"x")
             else:
                 add(tar, f"n/{number}.jpg", image + number.to_bytes(4, "big"))
+    command = shard_command(root, "--input", tmp_path / "x.tar", "--output", tmp_path / "out", "--workers", 0)
     program = (
         "import resource, runpy, sys\n"
-        f"sys.argv = {shard_command(root, '--input', tmp_path / 'x.tar', '--output', tmp_path / 'out', '--workers', 0)[1:]!r}\n"
+        f"sys.argv = {command[1:]!r}\n"
         "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "except SystemExit as end:\n    assert not end.code\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    import sys
-
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 250_000
