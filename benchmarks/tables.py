@@ -143,6 +143,13 @@ def sharding(result: dict[str, Any]) -> str:
     return section("Sharding", result, table(titles, rows))
 
 
+def sample_order(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [(name, f"{1e3 * r['seconds']:.1f}", f"{r['mb']:.0f}") for name, r in result["rows"].items()]
+    title = f"{s['shards'] * s['per_shard']:,} samples in {s['shards']:,} shards, index.json {s['index_mb']:.0f} MB"
+    return section("Sample order", result, table((title, "ms", "MB more at the peak"), rows))
+
+
 def resources(result: dict[str, Any]) -> str:
     arches = list(dict.fromkeys(row["arch"] for row in result["kernels"]))
     found = {(r["kernel"], r["type"], r["arch"]): r for r in result["kernels"]}
@@ -163,6 +170,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_step": profile,
     "codec": codec,
     "sharding": sharding,
+    "sample_order": sample_order,
     "kernel_resources": resources,
 }
 

@@ -103,7 +103,7 @@ class Rebuild:
         self.open_samples = np.diff(manifest.first)
         """(S,) samples that each shard still lacks."""
         self.by_sum = _Lookup(np.ascontiguousarray(manifest.sample_sha256[:, :8]).view("<i8")[:, 0])
-        self.wanted = Wanted(manifest.keys, manifest.size, self.pending)
+        self.wanted = Wanted(manifest.keys, manifest.size, self.pending, self.other_bytes)
         self.made = 0
         self._began = time.monotonic()
 
@@ -246,14 +246,21 @@ class Rebuild:
 class Wanted(Collection[str]):
     """The keys of the samples that are still to be had: shrinks while they come, in the order of the shards."""
 
-    def __init__(self, keys: Names, size: np.ndarray, pending: np.ndarray) -> None:
-        self._keys, self._size, self._pending = keys, size, pending
-        self._lookup = _Lookup(np.fromiter((hash(keys[i]) for i in range(len(keys))), np.int64, len(keys)))
+    def __init__(
+        self, keys: Names, size: np.ndarray, pending: np.ndarray, other_bytes: np.ndarray, lookup: _Lookup | None = None
+    ) -> None:
+        self._keys, self._size, self._pending, self._other_bytes = keys, size, pending, other_bytes
+        self._lookup = lookup or _Lookup(np.fromiter((hash(keys[i]) for i in range(len(keys))), np.int64, len(keys)))
 
     def samples(self, key: str) -> list[int]:
         """The samples (one, or none) of a key, whether they have come or not."""
         name = key.encode("utf-8", "surrogateescape")
         return [sample for sample in self._lookup.find(hash(name)) if self._keys[sample] == name]
+
+    def changed(self) -> Wanted:
+        """Those that came with other bytes: perhaps they were damaged on their way."""
+        pending = self._pending & self._other_bytes
+        return Wanted(self._keys, self._size, pending, self._other_bytes, self._lookup)
 
     def sizes(self) -> set[int]:
         """Bytes of the samples that are wanted."""

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 
 from lalic.errors import LalicError
-from lalic.files import fsync_folder
+from lalic.files import cache_folder, fsync_folder
 
 log = logging.getLogger("lalic.kernels")
 
@@ -159,8 +159,7 @@ def _cache_folder() -> Path:
     chosen = os.environ.get("LALIC_BUILD_DIR") or os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen:
         return Path(chosen).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "lalic"
+    return cache_folder()
 
 
 def _cpu_identity() -> str:

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: LALIC_CACHE_DIR, or `lalic` in XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.environ.get("LALIC_CACHE_DIR")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "lalic"
+
+
 @contextmanager
 def atomic_open(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path`; it takes the name `path` once everything is on the disk.

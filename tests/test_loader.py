@@ -22,7 +22,7 @@ from PIL import Image
 from lalic.data.images import decode_rgb
 from lalic.data.index import ShardIndex
 from lalic.data.loader import build_loader, worker_failure
-from lalic.data.order import epoch_permutation, random_crop
+from lalic.data.order import EpochPlan, random_crop
 from lalic.data.reader import MAX_OPEN_SHARDS, ShardReader
 from lalic.errors import LalicError
 
@@ -95,7 +95,7 @@ def test_the_stream_is_what_the_design_says(made):
     pixels = torch.cat([batch["x"] for batch in batches]).permute(0, 2, 3, 1).numpy()
     for position in positions:
         epoch, place = 2 + position // n, position % n
-        sample = eligible[epoch_permutation(index.shard[eligible], 11, epoch, 2)[place]]
+        sample = eligible[EpochPlan(index.counts(eligible), 11, epoch, 2).samples(place, place + 1)[0]]
         (path,) = (made / "photos").glob(f"{index.key(sample)}.*")
         whole = np.asarray(Image.open(path).convert("RGB"))
         crop = random_crop(11, epoch, place, whole.shape[1], whole.shape[0], 72)
@@ -205,7 +205,7 @@ def test_a_bad_sample_is_replaced_counted_and_logged_once(shards, caplog):
 def first_samples(index: ShardIndex, count: int) -> list[int]:
     """The samples at the first `count` places of the third epoch that the loader here reads."""
     eligible = index.eligible(64)
-    return eligible[epoch_permutation(index.shard[eligible], 11, 4, 2)[:count]].tolist()
+    return eligible[EpochPlan(index.counts(eligible), 11, 4, 2).samples(0, count)].tolist()
 
 
 def test_no_bad_sample_allowed(shards):

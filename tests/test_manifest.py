@@ -494,7 +494,7 @@ def test_from_tars_a_bucket_and_s3(made, tmp_path, monkeypatch):
 
     names = [str(path.relative_to(made / "in")) for path in images]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    bucket = Bucket({name: (made / "in" / name).read_bytes() for name in names}, [Fault("any", times=40, chance=0.4)])
+    bucket = Bucket({name: (made / "in" / name).read_bytes() for name in names}, [Fault("any", times=15, chance=0.4)])
     with serve(bucket):
         flags = ["--input", str(tmp_path / "names.txt"), "--bucket", bucket.url]
         assert main([*command, str(tmp_path / "http"), *flags]) == 0

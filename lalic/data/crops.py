@@ -81,9 +81,9 @@ class ShardCrops(Dataset[Any]):
     def _replacement(self, epoch: int, index: int, attempt: int, sample: int) -> int:
         first, last = 0, len(self.eligible)
         if attempt < _SAME_SHARD_ATTEMPTS:
-            shard = self.index.shard[sample]
             # `eligible` ascends and so do the shards: a shard's samples lie side by side.
-            ids = np.searchsorted(self.index.shard, [shard, shard + 1])
+            shard = int(self.index.shard[sample])
+            ids = self.index.first[shard : shard + 2].astype(self.eligible.dtype)
             first, last = np.searchsorted(self.eligible, ids).tolist()
         return int(self.eligible[first + replacement_word(self.seed, epoch, index, attempt) % (last - first)])
 

@@ -90,7 +90,7 @@ def build_loader(
         raise LalicError(f"crop {crop}, step {start_step}, {num_steps} steps, {workers} workers: out of range")
     eligible = eligible_samples(index, crop, log=rank == 0)
     index.check_files()
-    order = EpochOrder(index.shard[eligible], seed, window, first_epoch)
+    order = EpochOrder(index.counts(eligible), seed, window, first_epoch)
     batches = MicroBatches(
         order, eligible, micro_batch, accumulation, rank, world_size, start_step, start_step + num_steps
     )

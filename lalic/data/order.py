@@ -12,6 +12,7 @@ stream the same from version to version (NEP 19); it does not promise that for `
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -31,36 +32,62 @@ class Crop(NamedTuple):
     flip: bool
 
 
-def epoch_permutation(shard_of_sample: np.ndarray, seed: int, epoch: int, window: int) -> np.ndarray:
-    """The order of one epoch: shards are shuffled, then samples within each group of `window` shards.
+class EpochPlan:
+    """One epoch: shards are shuffled, then samples within each window, that is, group of `window` shards.
 
-    Args:
-        shard_of_sample: (n,) shard number of every eligible sample.
-        seed, epoch: not negative; below 2**64 and 2**48.
-        window: shards that are mixed with each other. A reader has at most the shards of one window in hand,
-            and needs no shard twice.
-
-    Returns:
-        (n,) int64, a permutation of 0..n-1. 9 million samples take about a second and under 300 MB.
+    Only the order of the shards is held, a few numbers for each. The samples of a window are put in order when
+    they are asked for, so a plan costs milliseconds and any place of the epoch is as near as its beginning.
     """
-    shard_of_sample = np.asarray(shard_of_sample)
-    n = len(shard_of_sample)
-    if window < 1:
-        raise LalicError(f"the shuffle window must be at least 1 shard, not {window}")
-    if n == 0:
-        return np.empty(0, np.int64)
-    shards = int(shard_of_sample.max()) + 1
-    place = np.empty(shards, np.uint64)
-    place[np.argsort(_words(seed, _SHARDS, epoch, shards), kind="stable")] = np.arange(shards, dtype=np.uint64)
-    group = place // np.uint64(window)
 
-    # One sort does both shuffles: the group in the high bits, random bits below it.
-    group_bits = int(group.max()).bit_length()
-    sort_key = _words(seed, _SAMPLES, epoch, n)
-    sort_key >>= np.uint64(group_bits)
-    if group_bits:
-        sort_key |= (group << np.uint64(64 - group_bits))[shard_of_sample]
-    return np.argsort(sort_key, kind="stable")
+    def __init__(self, counts: np.ndarray, seed: int, epoch: int, window: int) -> None:
+        """As `EpochOrder`; `epoch` must lie below 2**48."""
+        if window < 1:
+            raise LalicError(f"the shuffle window must be at least 1 shard, not {window}")
+        counts = np.asarray(counts, np.int64)
+        # Empty shards at the end take no part: they are not there for whoever knows the samples alone.
+        counts = counts[: int(np.flatnonzero(counts).max(initial=-1)) + 1]
+        self.seed, self.epoch, self.window = seed, epoch, window
+        self.counts, self.first = counts, np.cumsum(counts) - counts
+        self.shards = np.argsort(_words(seed, _SHARDS, epoch, 0, len(counts)), kind="stable")
+        """(S,) shard numbers in the order of the epoch."""
+        windows = -(-len(counts) // window)
+        self._unused_bits = np.uint64(max(0, windows - 1).bit_length())
+        ends = np.cumsum(counts[self.shards])
+        self.window_end = ends[np.minimum(np.arange(1, windows + 1) * window, len(counts)) - 1]
+        """(windows,) places at which the windows end."""
+        self._held = -1
+        self._window_order = np.empty(0, np.int64)
+
+    def samples(self, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64 numbers of the samples at places start..stop-1 of the epoch."""
+        parts = []
+        while start < stop:
+            number = self.window_at(start)
+            begin = int(self.window_end[number - 1]) if number else 0
+            end = min(stop, int(self.window_end[number]))
+            parts.append(self._window(number)[start - begin : end - begin])
+            start = end
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def window_at(self, place: int) -> int:
+        """Number of the window that holds this place of the epoch."""
+        return int(np.searchsorted(self.window_end, place, side="right"))
+
+    def shards_of(self, window: int) -> np.ndarray:
+        """The shard numbers of a window, ascending, without those that have no sample."""
+        shards = np.sort(self.shards[window * self.window : (window + 1) * self.window])
+        return shards[self.counts[shards] > 0]
+
+    def _window(self, number: int) -> np.ndarray:
+        if number != self._held:
+            shards = self.shards_of(number)
+            ids = np.concatenate([np.arange(self.first[s], self.first[s] + self.counts[s]) for s in shards])
+            words = [_words(self.seed, _SAMPLES, self.epoch, int(self.first[s]), int(self.counts[s])) for s in shards]
+            # The lowest bits are left out for the sake of runs that began when one sort of the whole epoch, with the
+            # window's number in these bits, did both shuffles.
+            sort_key = np.concatenate(words) >> self._unused_bits
+            self._window_order, self._held = ids[np.argsort(sort_key, kind="stable")], number
+        return self._window_order
 
 
 def random_crop(seed: int, epoch: int, index: int, width: int, height: int, crop: int, attempt: int = 0) -> Crop:
@@ -81,35 +108,52 @@ def shuffled(n: int, seed: int) -> np.ndarray:
     """(n,) int64, a seeded permutation of 0..n-1 that is no epoch's: the order of the samples in the
     shards.
     """
-    return np.argsort(_words(seed, _LIST, 0, n), kind="stable")
+    return np.argsort(_words(seed, _LIST, 0, 0, n), kind="stable")
 
 
 class EpochOrder:
-    """The endless sequence of positions over a fixed set of samples; holds one epoch's permutation."""
+    """The endless sequence of positions over a fixed set of samples: epoch after epoch, each with its own plan."""
 
-    def __init__(self, shard_of_sample: np.ndarray, seed: int, window: int, first_epoch: int = 0) -> None:
-        self.shard_of_sample = shard_of_sample
+    def __init__(self, counts: np.ndarray, seed: int, window: int, first_epoch: int = 0) -> None:
+        """
+        Args:
+            counts: (S,) samples in each shard. Samples are numbered 0..n-1 through the shards in order.
+            seed: not negative, below 2**64.
+            window: shards that are mixed with each other. A reader has at most the shards of one window in hand,
+                and needs no shard twice in an epoch.
+            first_epoch: the epoch of position 0.
+        """
+        self.counts = np.asarray(counts, np.int64)
+        self.length = int(self.counts.sum())
+        """n, samples in an epoch."""
         self.seed, self.window, self.first_epoch = seed, window, first_epoch
-        self._epoch = -1
-        self._permutation = np.empty(0, np.int64)
+        self._plan = EpochPlan(self.counts, seed, first_epoch, window)
 
     def samples(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) int64 numbers into `shard_of_sample`, for positions start..stop-1."""
-        n = len(self.shard_of_sample)
+        """(stop - start,) int64 sample numbers, for positions start..stop-1."""
         parts = []
         while start < stop:
-            epoch, index = divmod(start, n)
-            end = min(stop, (epoch + 1) * n)
-            parts.append(self._epoch_order(self.first_epoch + epoch)[index : index + end - start])
+            epoch, place = divmod(start, self.length)
+            end = min(stop, (epoch + 1) * self.length)
+            parts.append(self._epoch(epoch).samples(place, place + end - start))
             start = end
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._permutation = np.empty(0, np.int64)  # frees the old epoch before the new one is built
-            self._permutation = epoch_permutation(self.shard_of_sample, self.seed, epoch, self.window)
-            self._epoch = epoch
-        return self._permutation
+    def windows_from(self, position: int) -> Iterator[np.ndarray]:
+        """Yield, without end, the shard numbers of the window at `position`, of the next window, and so on."""
+        epoch, place = divmod(position, self.length)
+        while True:
+            # A plan of its own: whoever looks ahead must not throw the reader's out.
+            plan = EpochPlan(self.counts, self.seed, self.first_epoch + epoch, self.window)
+            for number in range(plan.window_at(place), len(plan.window_end)):
+                yield plan.shards_of(number)
+            epoch, place = epoch + 1, 0
+
+    def _epoch(self, epoch: int) -> EpochPlan:
+        epoch += self.first_epoch
+        if epoch != self._plan.epoch:
+            self._plan = EpochPlan(self.counts, self.seed, epoch, self.window)
+        return self._plan
 
 
 def _key(seed: int, purpose: int, epoch: int) -> int:
@@ -120,6 +164,8 @@ def _key(seed: int, purpose: int, epoch: int) -> int:
     return (((purpose << _EPOCH_BITS) | epoch) << 64) | seed
 
 
-def _words(seed: int, purpose: int, epoch: int, count: int) -> np.ndarray:
-    """(count,) uint64 raw words of the stream (seed, purpose, epoch)."""
-    return np.random.Philox(key=_key(seed, purpose, epoch), counter=0).random_raw(count)
+def _words(seed: int, purpose: int, epoch: int, start: int, count: int) -> np.ndarray:
+    """(count,) uint64 raw words of the stream (seed, purpose, epoch), from word `start` on."""
+    # Philox makes four words at each step of its counter, so any place of the stream is reached at once.
+    generator = np.random.Philox(key=_key(seed, purpose, epoch), counter=start // 4)
+    return generator.random_raw(start % 4 + count)[start % 4 :]
