@@ -20,8 +20,9 @@ from lalic.data.index import INDEX_NAME, ShardIndex
 from lalic.errors import LalicError
 
 from .frozen import Manifest
-from .output import LocalFolder, OutputFolder, output_folder
+from .output import LocalFolder, OutputFolder
 from .parts import in_order
+from .places import output_folder
 from .report import Progress
 from .shard_check import ExpectedSample, ShardTask, check_shard
 from .workers import begin_worker

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .opening import open_source
-from .rebuild import Find
 from .sources import Source
+from .wanted import Find
 
 
 def finders(source: Source | str | Path | Sequence[str], workers: int) -> Iterator[Find]:

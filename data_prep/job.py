@@ -25,7 +25,8 @@ from .index_file import IndexedShard, write_index
 from .keys import free_key
 from .manifest import ShardSum, write_manifest
 from .opening import open_source
-from .output import LocalFolder, full_disk_in_one_line, output_folder
+from .output import LocalFolder, full_disk_in_one_line
+from .places import output_folder
 from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
 from .sources import Cursor, Source
 from .state import STATE_FOLDER, JobState, ShardRecord

@@ -28,7 +28,7 @@ from urllib.parse import unquote_to_bytes
 
 from lalic.errors import LalicError
 
-from .output import output_file
+from .places import output_file
 from .state import ShardRecord
 
 VERSION = 1

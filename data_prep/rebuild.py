@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,12 +23,14 @@ from lalic.data.index import INDEX_NAME
 from lalic.errors import LalicError
 from lalic.files import fsync_folder
 
-from .frozen import Manifest, Names
+from .frozen import Manifest
 from .index_file import IndexedShard, write_index
-from .output import LocalFolder, full_disk_in_one_line, output_folder
+from .output import LocalFolder, full_disk_in_one_line
 from .parts import Parts, in_order
+from .places import output_folder
 from .report import Progress, write_table
 from .state import JobState
+from .wanted import Find, Lookup, Wanted
 from .writer import EXTENSIONS
 
 MISSING_NAME = "missing.csv"
@@ -102,7 +104,7 @@ class Rebuild:
         """An image of that key came, with another sum."""
         self.open_samples = np.diff(manifest.first)
         """(S,) samples that each shard still lacks."""
-        self.by_sum = _Lookup(np.ascontiguousarray(manifest.sample_sha256[:, :8]).view("<i8")[:, 0])
+        self.by_sum = Lookup(np.ascontiguousarray(manifest.sample_sha256[:, :8]).view("<i8")[:, 0])
         self.wanted = Wanted(manifest.keys, manifest.size, self.pending, self.other_bytes)
         self.made = 0
         self._began = time.monotonic()
@@ -241,61 +243,6 @@ class Rebuild:
             samples = range(int(manifest.first[shard]), int(manifest.first[shard + 1]))
             entries = (_index_entry(manifest, sample) for sample in samples)
             yield IndexedShard(manifest.shard_name(shard), int(manifest.shard_bytes[shard]), sha256, entries)
-
-
-class Wanted(Collection[str]):
-    """The keys of the samples that are still to be had: shrinks while they come, in the order of the shards."""
-
-    def __init__(
-        self, keys: Names, size: np.ndarray, pending: np.ndarray, other_bytes: np.ndarray, lookup: _Lookup | None = None
-    ) -> None:
-        self._keys, self._size, self._pending, self._other_bytes = keys, size, pending, other_bytes
-        self._lookup = lookup or _Lookup(np.fromiter((hash(keys[i]) for i in range(len(keys))), np.int64, len(keys)))
-
-    def samples(self, key: str) -> list[int]:
-        """The samples (one, or none) of a key, whether they have come or not."""
-        name = key.encode("utf-8", "surrogateescape")
-        return [sample for sample in self._lookup.find(hash(name)) if self._keys[sample] == name]
-
-    def changed(self) -> Wanted:
-        """Those that came with other bytes: perhaps they were damaged on their way."""
-        pending = self._pending & self._other_bytes
-        return Wanted(self._keys, self._size, pending, self._other_bytes, self._lookup)
-
-    def sizes(self) -> set[int]:
-        """Bytes of the samples that are wanted."""
-        return set(np.unique(self._size[self._pending]).tolist())
-
-    def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and any(self._pending[sample] for sample in self.samples(key))
-
-    def __iter__(self) -> Iterator[str]:
-        for sample in range(len(self._keys)):
-            if self._pending[sample]:
-                yield self._keys[sample].decode()
-
-    def __len__(self) -> int:
-        return int(np.count_nonzero(self._pending))
-
-
-Find = Callable[[Wanted], Iterable[tuple[str, bytes]]]
-"""Of the samples that are wanted, those that a source has: (key, bytes) in any order, unchecked."""
-
-
-class _Lookup:
-    """From a 64-bit number to the places where it stands, in 16 bytes each."""
-
-    def __init__(self, numbers: np.ndarray) -> None:
-        self._order = np.argsort(numbers, kind="stable")
-        self._sorted = numbers[self._order]
-
-    def find(self, number: int) -> list[int]:
-        place = int(self._sorted.searchsorted(np.int64(number)))
-        found = []
-        while place < len(self._sorted) and self._sorted[place] == number:
-            found.append(int(self._order[place]))
-            place += 1
-        return found
 
 
 def _sum(arrival: tuple[str, bytes]) -> bytes:

@@ -11,7 +11,7 @@ from lalic.data.images import MAX_PIXELS, ImageError, decode_rgb
 from lalic.errors import LalicError
 
 from .headers import upright_size
-from .output import output_folder
+from .places import output_folder
 from .validation import image_extension
 from .writer import BLOCK, padded
 

@@ -20,8 +20,10 @@ from lalic.data_prep import lease
 from lalic.data_prep.checking import check_shards
 from lalic.data_prep.find import finders
 from lalic.data_prep.job import run_job
-from lalic.data_prep.output import LocalFolder, RemoteFolder, output_file, output_folder
+from lalic.data_prep.output import LocalFolder
+from lalic.data_prep.places import output_file, output_folder
 from lalic.data_prep.rebuild import run_rebuild
+from lalic.data_prep.remote_output import RemoteFolder
 from shard_samples import SMALL, encode, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
