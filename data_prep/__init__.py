@@ -8,5 +8,10 @@
     report      what was left out  -> progress, left_out.csv, the closing lines
     job         all of it, shard by shard; `shard` is the command
 
+    output      a folder, or any URL   -> files that are whole or absent, one process at a time (lease)
+    manifest    finished shards        -> the frozen manifest; frozen reads and checks one
+    rebuild     manifest and images    -> the same shards (parts: those under way)
+    checking    shards and their index -> what is wrong (shard_check: one shard); `verify` is the command
+
 Installed as `lalic.data_prep`.
 """

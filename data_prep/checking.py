@@ -29,6 +29,8 @@ from .writer import EXTENSIONS
 
 logger = logging.getLogger("lalic.data_prep")
 
+_MB = 10**6
+
 
 def check_shards(
     where: str | Path,
@@ -56,13 +58,13 @@ def check_shards(
         for number, size in enumerate(index.shard_bytes.tolist()):
             problems.take(_file_problem(folder, index.names[number], size))
     else:
-        with Progress(total, what="checking", unit="bytes") as progress, _pool(workers) as pool:
+        with Progress(total // _MB, what="checking", unit="MB") as progress, _pool(workers) as pool:
             done = 0
             tasks = _tasks(where, endpoint, folder, index, extensions, frozen, decode, problems)
             for task, lines in _checked(pool, tasks, workers):
                 problems.take(f"{task.name}: {line}" for line in lines)
                 done += task.size
-                progress.reach(done, problems=problems.count)
+                progress.reach(done // _MB, problems=problems.count)
     amount = f"{len(index)} images in {len(index.names)} shards, {total / 1e6:.1f} MB"
     depth = "names and sizes only" if quick else "every image decoded" if decode else "every byte read"
     print(f"{where}: {problems.count or 'no'} problem{'s' * (problems.count != 1)}; {amount}; {depth}")

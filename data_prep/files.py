@@ -65,9 +65,9 @@ class Files:
     def note(self) -> str:
         return ""
 
-    def _numbers(self, keys: Collection[str], *, inside: bool = True) -> list[int]:
-        """Places in `names` of the samples that are (not) called by one of `keys`."""
-        return [number for number, key in enumerate(self.keys) if (key in keys) == inside]
+    def _numbers(self, keys: Collection[str]) -> list[int]:
+        """Places in `names` of the samples that are called by one of `keys`."""
+        return [number for number, key in enumerate(self.keys) if key in keys]
 
 
 class LocalFiles(Files):
@@ -93,8 +93,9 @@ class LocalFiles(Files):
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
         return self._read(self._numbers(keys))
 
-    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        return self._read(self._numbers(keys, inside=False))
+    def find_others(self, sizes: Collection[int]) -> Iterator[tuple[str, bytes]]:
+        paths = (os.path.join(self.root, name) for name in self.names)
+        return self._read([number for number, path in enumerate(paths) if _size(path) in sizes])
 
     def _read(self, numbers: Sequence[int]) -> Iterator[tuple[str, bytes]]:
         with ThreadPoolExecutor(self.readers) as pool:
@@ -102,6 +103,13 @@ class LocalFiles(Files):
             for number, (_, data) in zip(numbers, in_order(pool, _content, paths), strict=True):
                 if data is not None:
                     yield self.keys[number], data
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _content(path: str) -> bytes | None:

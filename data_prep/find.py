@@ -18,4 +18,4 @@ def finders(source: Source | str | Path | Sequence[str], workers: int) -> Iterat
     opened = open_source(source) if isinstance(source, (str, Path, Sequence)) else source
     opened.readers = max(1, workers)
     yield opened.find
-    yield opened.find_others
+    yield lambda wanted: opened.find_others(wanted.sizes())

@@ -11,7 +11,7 @@ from lalic.data.images import ImageError, describe_error
 
 _FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 _EXIF_ORIENTATION = 0x0112
-_TURNED = range(5, 9)
+_TURNED = (5, 6, 7, 8)
 _RIFF_HEAD = 8
 
 
@@ -41,15 +41,14 @@ def upright_size(data: bytes, extension: str, name: str, max_pixels: int) -> tup
         raise ImageError(name, "damaged", describe_error(error)) from error
     if image.width * image.height > max_pixels:
         raise ImageError(name, "too many pixels", f"{image.width}x{image.height}, limit {max_pixels} pixels")
-    return (image.height, image.width) if _orientation(image) in _TURNED else image.size
+    return (image.height, image.width) if _is_turned(image) else image.size
 
 
-def _orientation(image: Image.Image) -> int:
+def _is_turned(image: Image.Image) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            value = image.getexif().get(_EXIF_ORIENTATION, 1)
+            return image.getexif().get(_EXIF_ORIENTATION, 1) in _TURNED
     # A damaged EXIF block says nothing about the pixels: the image stays as it lies.
     except Exception:
-        return 1
-    return value if isinstance(value, int) else 1
+        return False

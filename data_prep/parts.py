@@ -24,7 +24,7 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 _MOST_OPEN = 128
-_AHEAD = 32
+_AHEAD = 16
 
 
 class Parts:

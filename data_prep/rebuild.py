@@ -38,9 +38,6 @@ logger = logging.getLogger("lalic.data_prep")
 _FORMAT = 1
 _BLOCK = 4 << 20
 
-Find = Callable[[Collection[str]], Iterable[tuple[str, bytes]]]
-"""Of the samples with these keys, those that a source has: (key, bytes) in any order, unchecked."""
-
 
 def run_rebuild(
     manifest_path: str | Path,
@@ -106,7 +103,7 @@ class Rebuild:
         self.open_samples = np.diff(manifest.first)
         """(S,) samples that each shard still lacks."""
         self.by_sum = _Lookup(np.ascontiguousarray(manifest.sample_sha256[:, :8]).view("<i8")[:, 0])
-        self.wanted = Wanted(manifest.keys, self.pending)
+        self.wanted = Wanted(manifest.keys, manifest.size, self.pending)
         self.made = 0
         self._began = time.monotonic()
 
@@ -155,16 +152,20 @@ class Rebuild:
         print(f"{where}: {amount}, as in the manifest; this run took {time.monotonic() - self._began:.1f} s")
 
     def _take_up(self) -> None:
+        unfinished = []
         for shard, size in enumerate(self.manifest.shard_bytes.tolist()):
-            samples = slice(int(self.manifest.first[shard]), int(self.manifest.first[shard + 1]))
             if self.output.size(self.manifest.shard_name(shard)) == size:
                 # It got its name after its sum was right.
-                self.pending[samples] = False
+                self.pending[self.manifest.first[shard] : self.manifest.first[shard + 1]] = False
                 self.open_samples[shard] = 0
-                continue
-            for sample in self.parts.found(shard, self.pool):
-                self._mark(shard, sample)
-            self._finish_if_full(shard)
+            elif self.parts.path(shard).exists():
+                unfinished.append(shard)
+        with Progress(len(unfinished), what="looking through what is there", unit="shards") as progress:
+            for number, shard in enumerate(unfinished):
+                for sample in self.parts.found(shard, self.pool):
+                    self._mark(shard, sample)
+                self._finish_if_full(shard)
+                progress.reach(number + 1, images=self.done)
 
     def _take(self, key: str, data: bytes, digest: bytes) -> None:
         """Write an image wherever the manifest has its sum."""
@@ -245,14 +246,18 @@ class Rebuild:
 class Wanted(Collection[str]):
     """The keys of the samples that are still to be had: shrinks while they come, in the order of the shards."""
 
-    def __init__(self, keys: Names, pending: np.ndarray) -> None:
-        self._keys, self._pending = keys, pending
+    def __init__(self, keys: Names, size: np.ndarray, pending: np.ndarray) -> None:
+        self._keys, self._size, self._pending = keys, size, pending
         self._lookup = _Lookup(np.fromiter((hash(keys[i]) for i in range(len(keys))), np.int64, len(keys)))
 
     def samples(self, key: str) -> list[int]:
         """The samples (one, or none) of a key, whether they have come or not."""
         name = key.encode("utf-8", "surrogateescape")
         return [sample for sample in self._lookup.find(hash(name)) if self._keys[sample] == name]
+
+    def sizes(self) -> set[int]:
+        """Bytes of the samples that are wanted."""
+        return set(np.unique(self._size[self._pending]).tolist())
 
     def __contains__(self, key: object) -> bool:
         return isinstance(key, str) and any(self._pending[sample] for sample in self.samples(key))
@@ -266,6 +271,10 @@ class Wanted(Collection[str]):
         return int(np.count_nonzero(self._pending))
 
 
+Find = Callable[[Wanted], Iterable[tuple[str, bytes]]]
+"""Of the samples that are wanted, those that a source has: (key, bytes) in any order, unchecked."""
+
+
 class _Lookup:
     """From a 64-bit number to the places where it stands, in 16 bytes each."""
 
@@ -274,10 +283,12 @@ class _Lookup:
         self._sorted = numbers[self._order]
 
     def find(self, number: int) -> list[int]:
-        wanted = np.int64(number)
-        start = np.searchsorted(self._sorted, wanted, side="left")
-        stop = np.searchsorted(self._sorted, wanted, side="right")
-        return self._order[start:stop].tolist()
+        place = int(self._sorted.searchsorted(np.int64(number)))
+        found = []
+        while place < len(self._sorted) and self._sorted[place] == number:
+            found.append(int(self._order[place]))
+            place += 1
+        return found
 
 
 def _sum(arrival: tuple[str, bytes]) -> bytes:

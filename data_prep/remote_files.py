@@ -160,7 +160,7 @@ class RemoteFiles(Files):
         finally:
             fetcher.close()
 
-    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    def find_others(self, sizes: Collection[int]) -> Iterator[tuple[str, bytes]]:
         return iter(())
 
     def _fetch(self, place: int, fresh: bool = False) -> Candidate:

@@ -99,6 +99,9 @@ class Source(Protocol):
         """
         ...
 
-    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """Yield what `find` would not: images may have been renamed. Nothing from places where that would be dear."""
+    def find_others(self, sizes: Collection[int]) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of one of these sizes, whatever they are called: images may have been renamed.
+
+        Nothing from places where that would be dear.
+        """
         ...

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -92,7 +92,7 @@ class JobState:
             return None
 
     def save(self, number: int, record: ShardRecord) -> None:
-        text = json.dumps(asdict(record), separators=(",", ":")) + "\n"
+        text = json.dumps(vars(record), separators=(",", ":")) + "\n"
         self.output.write_text(_record_name(number), text)
 
     def remove_from(self, number: int) -> None:
@@ -157,7 +157,7 @@ class JobState:
 
     def _remove_leavings(self) -> None:
         """Temporary files of a run that was killed; the lock says that it is gone."""
-        files = re.compile(rf"\.({re.escape(self.prefix)}-.*\.tar|{re.escape(INDEX_NAME)}|[a-z_]+\.csv)\.\d+\.tmp")
+        files = re.compile(rf"\.({re.escape(self.prefix)}-.*\.tar|{re.escape(INDEX_NAME)}|.*\.csv(\.gz)?)\.\d+\.tmp")
         for name in self.output.names():
             if files.fullmatch(name):
                 self.output.remove(name)

@@ -96,7 +96,7 @@ class Tars:
             if candidate.data is not None:
                 yield next((key for key in candidate.keys if key in keys), candidate.keys[0]), candidate.data
 
-    def find_others(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+    def find_others(self, sizes: Collection[int]) -> Iterator[tuple[str, bytes]]:
         return iter(())
 
     def open(self, number: int) -> io.BufferedReader:

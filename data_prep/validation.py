@@ -131,7 +131,8 @@ def _check_jpeg_end(data: bytes, name: str) -> None:
     while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != _START_OF_SCAN:
         fill = data[place + 1 : place + 2] == b"\xff"
         place += 1 if fill else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    if data.find(_END_OF_IMAGE, place) < 0:
+    # From behind: it usually ends the file.
+    if data.rfind(_END_OF_IMAGE, place) < 0:
         raise ImageError(name, "damaged", "no end-of-image marker: cut short, or its end overwritten")
 
 

@@ -12,11 +12,13 @@ import resource
 import shutil
 import signal
 import subprocess
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bucket_server import Bucket, Fault, serve, serve_s3
 from lalic.data_prep import frozen
 from lalic.data_prep.command import main
 from lalic.data_prep.find import finders
@@ -27,6 +29,7 @@ from lalic.data_prep.rebuild import run_rebuild
 from shard_samples import SMALL, encode, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
+from lalic.remote import Remote
 
 
 @pytest.fixture(scope="module")
@@ -472,3 +475,50 @@ def test_killed_at_random_points_it_ends_in_the_same_bytes(tmp_path, root, kills
     subprocess.run(command, check=True, capture_output=True)
     assert shards_of(output) == shards_of(tmp_path / "whole")
     assert not list(output.rglob("*.tmp")) and not list(output.glob(".*.part"))
+
+
+# From sources of every kind
+
+
+def test_from_tars_a_bucket_and_s3(made, tmp_path, monkeypatch):
+    """The manifest of a folder; the images in tar.gz streams, behind HTTP that stumbles, and in S3, in other orders."""
+    images = sorted((made / "in").rglob("*.*"), reverse=True)
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar.gz", "w:gz") as tar:
+            for path in images[number::2]:
+                tar.add(path, path.relative_to(made / "in"))
+    tars = [str(tmp_path / "1.tar.gz"), str(tmp_path / "0.tar.gz")]
+    command = ["--from-manifest", str(made / "m.csv.gz"), "--output"]
+    assert main([*command, str(tmp_path / "tars"), "--input", *tars]) == 0
+    assert shards_of(tmp_path / "tars") == shards_of(made / "out")
+
+    names = [str(path.relative_to(made / "in")) for path in images]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    bucket = Bucket({name: (made / "in" / name).read_bytes() for name in names}, [Fault("any", times=40, chance=0.4)])
+    with serve(bucket):
+        flags = ["--input", str(tmp_path / "names.txt"), "--bucket", bucket.url]
+        assert main([*command, str(tmp_path / "http"), *flags]) == 0
+    assert shards_of(tmp_path / "http") == shards_of(made / "out")
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    with serve_s3() as endpoint:
+        system = Remote("s3://photos/in", endpoint).filesystem
+        for name in names:
+            system.pipe_file(f"s3://photos/in/{name}", (made / "in" / name).read_bytes())
+        flags = ["--input", "s3://photos/in/", "--endpoint", endpoint]
+        assert main([*command, str(tmp_path / "s3"), *flags]) == 0
+    assert shards_of(tmp_path / "s3") == shards_of(made / "out")
+
+
+def test_a_tar_that_has_half_of_it_then_the_other_one(made, tmp_path):
+    images = sorted((made / "in").rglob("*.*"))
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for path in images[number::2]:
+                tar.add(path, path.relative_to(made / "in"))
+    command = ["--from-manifest", str(made / "m.csv.gz"), "--output", str(tmp_path / "out"), "--input"]
+    with pytest.raises(LalicError, match="20 of 40 samples could not be had"):
+        main([*command, str(tmp_path / "0.tar")])
+    assert main([*command, str(tmp_path / "1.tar")]) == 0
+    assert shards_of(tmp_path / "out") == shards_of(made / "out")

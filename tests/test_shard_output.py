@@ -1,4 +1,4 @@
-"""Shards written elsewhere: any fsspec file system, S3 (moto's server); whole or absent, resumed, one process at a time."""
+"""Shards written elsewhere: any fsspec file system, S3 (moto's server); whole or absent, resumed, one process alone."""
 
 from __future__ import annotations
 
@@ -341,6 +341,45 @@ def test_two_jobs_into_one_remote_folder(made, memory, quick_lease):
     run_job(made / "in", memory, SMALL, workers=0)
 
 
+# A full disk, a real one
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 150 kB and a function that makes it larger."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=148k", "none", disk]).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    try:
+        yield disk, lambda: subprocess.run(["mount", "-o", "remount,size=2m", disk], check=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--from-manifest"], ["--check", "headers", "--workers", "0"]], ids=str)
+def test_a_disk_that_is_full(made, root, small_disk, flags):
+    disk, enlarge = small_disk
+    if "--from-manifest" in flags:
+        flags = [*flags, made / "out" / "m.csv.gz"]
+    else:
+        flags = [*flags, "--shard-size", "60000", "--min-side", "32", "--manifest", disk / "out" / "m.csv.gz"]
+    command = shard_command(root, "--input", made / "in", "--output", disk / "out", *flags)
+    full = subprocess.run(command, capture_output=True, text=True)
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "cannot be written on (No space left on device)" in line and "run the same command again" in line
+    safe = {path.name: path.read_bytes() for path in (disk / "out").glob("*.tar")}
+    enlarge()
+    subprocess.run(command, check=True, capture_output=True)
+    now, then = result(disk / "out"), result(made / "out")
+    assert {name: now[name] for name in then if ".tar" in name or name == "index.json" or name in now} == {
+        name: then[name] for name in then if ".tar" in name or name == "index.json" or name in now
+    }
+    assert all((disk / "out" / name).read_bytes() == data for name, data in safe.items())
+    assert not list((disk / "out").glob(".*.tmp")) and not list((disk / "out").glob(".*.part"))
+
+
 # Bad places
 
 
@@ -365,7 +404,7 @@ def test_a_bucket_that_is_not_there_is_one_line(made, endpoint):
 
 def test_another_job_in_a_remote_folder_is_refused(made, memory):
     run_job(made / "in", memory, SMALL, workers=0)
-    with pytest.raises(LalicError, match="belongs to another job .--shard-size was 60000"):
+    with pytest.raises(LalicError, match=r"belongs to another job .--shard-size was 60000"):
         run_job(made / "in", memory, type(SMALL)(min_side=32), workers=0)
 
 
