@@ -17,5 +17,6 @@ def finders(source: Source | str | Path | Sequence[str], workers: int) -> Iterat
     """
     opened = open_source(source) if isinstance(source, (str, Path, Sequence)) else source
     opened.readers = max(1, workers)
-    yield opened.find
+    for _ in range(opened.looks):
+        yield opened.find
     yield lambda wanted: opened.find_others(wanted.sizes())

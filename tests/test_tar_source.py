@@ -367,7 +367,9 @@ def test_a_global_header_still_holds_after_a_resume(tmp_path, monkeypatch):
     data = make_tar(members, format=tarfile.PAX_FORMAT, pax_headers={"path": "all/of them.png"})
     (tmp_path / "x.tar").write_bytes(data)
     shard(tmp_path / "x.tar", tmp_path / "whole")
-    assert len(keys(tmp_path / "whole")) == 2 and all(key.startswith("all/of_them-") for key in keys(tmp_path / "whole"))
+    assert len(keys(tmp_path / "whole")) == 2 and all(
+        key.startswith("all/of_them-") for key in keys(tmp_path / "whole")
+    )
     stop_behind(1, str(tmp_path / "x.tar"), tmp_path / "out", monkeypatch)
     shard(tmp_path / "x.tar", tmp_path / "out")
     assert result(tmp_path / "out") == result(tmp_path / "whole")
