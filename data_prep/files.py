@@ -35,7 +35,7 @@ class Files:
         self.label, self.names = label, names
         self.ignored: Counter[str] = ignored or Counter()
         self.count: int | None = len(names)
-        self.readers = 1
+        self.readers = self.looks = 1
         self.order = np.arange(len(names))
         self._keys = keys
 

@@ -18,7 +18,6 @@ def finders(source: Source | str | Path | Sequence[str], workers: int) -> Iterat
     opened = open_source(source) if isinstance(source, (str, Path, Sequence)) else source
     opened.readers = max(1, workers)
     yield opened.find
-    # Not every server gives a sum by which `find` itself would notice. Of tars, all would have to be read again.
-    for _ in range(2 if opened.count is not None else 0):
+    for _ in range(opened.looks - 1):
         yield lambda wanted: opened.find(changed) if (changed := wanted.changed()) else iter(())
     yield lambda wanted: opened.find_others(wanted.sizes())

@@ -82,6 +82,9 @@ class RemoteFiles(Files):
         self._good: int | None = None
         """Number of a file that was had in this run."""
         self._looks: Counter[int] = Counter()
+        self.looks = _SAME_BYTES
+        self._absent: set[int] = set()
+        """Numbers of files that `find` could not have."""
         self._bytes = 0
         self._began = time.monotonic()
         if root is not None:
@@ -149,10 +152,11 @@ class RemoteFiles(Files):
             try:
                 return self._read(number)
             except (RemoteMissing, RemoteRefused, RemoteTooLarge):
+                self._absent.add(number)
                 return None
 
         fetcher = Fetcher(fetch, self.access.connections)
-        numbers = self._numbers(keys)
+        numbers = [number for number in self._numbers(keys) if number not in self._absent]
         try:
             for number, data in zip(numbers, fetcher.stream(numbers), strict=True):
                 if data is not None:

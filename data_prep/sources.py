@@ -89,6 +89,9 @@ class Source(Protocol):
     readers: int
     """Threads with which `find` reads files of this machine."""
 
+    looks: int
+    """How often to call `find` for what is still wanted: bytes from elsewhere can be damaged on their way."""
+
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """Yield (key, bytes) of the samples that are wanted, in the source's own best order, fetched ahead.
 

@@ -45,7 +45,7 @@ class Tars:
         self.label, self.places, self.access, self.most = label, places, access, most
         self.archives = _archive_names(places)
         self.count: int | None = None
-        self.readers = 1
+        self.readers = self.looks = 1
         self.ignored: Counter[str] = Counter()
         self._throttle = access.throttle()
         self._remotes: list[Remote] = []

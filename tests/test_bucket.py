@@ -201,19 +201,13 @@ def test_a_wrong_bucket_is_one_line(bucket, tmp_path, status):
     assert bucket.count() < 150
 
 
-def test_access_that_is_withdrawn_is_not_taken_for_missing_images(bucket, images, tmp_path):
+@pytest.mark.parametrize("moment", [60, 170], ids=["in the middle", "near the end"])
+def test_access_that_is_withdrawn_is_not_taken_for_missing_images(bucket, tmp_path, moment, monkeypatch):
     """The server refuses everything from some moment on: nothing may be left out for that."""
     for number in range(200):
         bucket.files[f"train/{number:016x}.jpg"] = encode(picture(number), "JPEG")
     (tmp_path / "ids.txt").write_text("\n".join(f"{number:016x}" for number in range(200)))
-    refuse = Fault("403", times=0)
-
-    def closing(path: str) -> str:
-        if len(bucket.requests) > 60:
-            refuse.times = 1e9
-        return "403" if refuse.times else ""
-
-    bucket.fault = closing  # type: ignore[method-assign]
+    monkeypatch.setattr(bucket, "fault", lambda path: "403" if len(bucket.requests) > moment else "")
     with pytest.raises(LalicError, match="could be had before and is refused now"):
         shard(tmp_path / "ids.txt", tmp_path / "out", bucket=bucket.url, options=Options(min_side=32))
 
@@ -331,6 +325,21 @@ def test_a_spooled_file_that_vanishes_is_fetched_again(bucket, id_list, expected
     monkeypatch.setattr(Spool, "put", lose_some)
     shard(id_list, tmp_path / "out", bucket=bucket.url)
     assert result(tmp_path / "out") == expected and len(vanished) > 3
+
+
+def test_the_spool_holds_no_more_than_a_shard_and_what_is_under_way(bucket, id_list, tmp_path, monkeypatch):
+    from lalic.data_prep.spool import Spool
+
+    put, most = Spool.put, []
+
+    def count(self, place, data):
+        most.append(len(list(self.folder.iterdir())))
+        return put(self, place, data)
+
+    monkeypatch.setattr(Spool, "put", count)
+    shard(id_list, tmp_path / "out", bucket=bucket.url, access=Access(patience=QUICK.patience, connections=2))
+    in_a_shard = max(len(path.read_bytes()) for path in (tmp_path / "out").glob("*.tar")) // 4500
+    assert 5 < max(most) <= in_a_shard + 2 * 2 + 2
 
 
 def test_a_full_disk_while_fetching_is_one_line_and_resumes(bucket, id_list, expected, tmp_path, root):
