@@ -28,12 +28,10 @@ from .keys import possible_keys
 from .remote_files import Access
 from .sources import SUFFIXES, Candidate, Cursor
 from .streams import CHUNK, RemoteStream
+from .tar_reading import BUFFER, MOST_HEADER, CheckedHeader, Forward, TarDamaged
 from .validation import Checked, too_large
 
 _GZIP = b"\x1f\x8b"
-_BUFFER = 1 << 20
-# Headers with long names or PAX records are read whole. Nobody needs more; a damaged one may ask for anything.
-_MOST_HEADER = 16 << 20
 _MOST_AHEAD = 8
 
 
@@ -103,7 +101,7 @@ class Tars:
         """The bytes of a tar as they lie."""
         place = self.places[number]
         if not is_url(place):
-            return io.BufferedReader(io.FileIO(place), _BUFFER)
+            return io.BufferedReader(io.FileIO(place), BUFFER)
         folder, _, name = place.rpartition("/")
         remote = self.access.remote(folder, encoded=True)
         size = remote.info(name).size
@@ -140,7 +138,7 @@ class _Tar:
         self.file.close()
 
     def candidates(self) -> Iterator[Candidate]:
-        stream = _Forward(self._open(), self.tars.most + _MOST_HEADER)
+        stream = Forward(self._open(), self.tars.most + MOST_HEADER)
         try:
             tar = self._tarfile(stream)
             while (member := tar.next()) is not None:
@@ -149,17 +147,17 @@ class _Tar:
                 if candidate is not None:
                     yield candidate
             self._check_end(stream)
-        except (tarfile.TarError, _Damaged, GzipError) as error:
+        except (tarfile.TarError, TarDamaged, GzipError) as error:
             raise LalicError(
                 f"--input {self.place}: {_what(error)} at byte {stream.tell()}"
                 f"{' of the tar inside' if self.gunzip else ''}; get the file again and run the same command: "
                 "finished shards are safe"
             ) from error
 
-    def _check_end(self, stream: _Forward) -> None:
+    def _check_end(self, stream: Forward) -> None:
         """Read what follows the end of the tar: behind it stands the sum of a gzip stream."""
         try:
-            while self.gunzip is not None and stream.read(_BUFFER):
+            while self.gunzip is not None and stream.read(BUFFER):
                 pass
         except GzipError as error:
             raise LalicError(
@@ -181,15 +179,15 @@ class _Tar:
         except GzipError:
             # Nothing to take it up with: from the beginning then.
             self.gunzip = Gunzip(self.file)
-        return io.BufferedReader(self.gunzip, _BUFFER)
+        return io.BufferedReader(self.gunzip, BUFFER)
 
-    def _tarfile(self, stream: _Forward) -> tarfile.TarFile:
+    def _tarfile(self, stream: Forward) -> tarfile.TarFile:
         cursor = self.cursor
         if cursor:
             stream.skip_to(cursor["offset"])
         tar = tarfile.TarFile(
             fileobj=stream,  # type: ignore[arg-type]
-            tarinfo=_Header,
+            tarinfo=CheckedHeader,
             errors="surrogateescape",
             pax_headers=cursor["pax"] if cursor else None,
         )
@@ -228,58 +226,6 @@ class _Tar:
             point = points[0]
         place = _Place(member.offset, member.name)
         return {"tar": self.number, **place._asdict(), "pax": dict(tar.pax_headers), "gzip": point}
-
-
-class _Damaged(Exception):
-    """A tar that cannot be read on."""
-
-
-class _Header(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the tar; here it is an error."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
-        try:
-            return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
-            kind = type(error).__name__
-            if kind == "EOFHeaderError":
-                raise
-            if kind in ("EmptyHeaderError", "TruncatedHeaderError"):
-                raise _Damaged("is cut short") from error
-            raise _Damaged(f"is damaged or no tar ({error})") from error
-
-
-class _Forward:
-    """What tarfile needs of a file, forwards only, and no more at once than any member may need."""
-
-    def __init__(self, file: Any, most: int) -> None:
-        self.file, self.most = file, most
-        self._place: int = file.tell()
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, size: int) -> bytes:
-        if size > self.most:
-            raise _Damaged(f"is damaged (a header of {size} bytes)")
-        data: bytes = self.file.read(size)
-        self._place += len(data)
-        return data
-
-    def seek(self, place: int) -> None:
-        if place < self._place:
-            raise _Damaged("is damaged (it leads backwards)")
-        self.skip_to(place)
-
-    def skip_to(self, place: int) -> None:
-        if self.file.seekable():
-            self.file.seek(place)
-            self._place = place
-            return
-        while self._place < place:
-            if not self.read(min(_BUFFER, place - self._place)):
-                raise _Damaged("is cut short")
 
 
 def _forget_members(tar: tarfile.TarFile) -> None:
