@@ -16,12 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, TypeVar, cast
+from typing import IO, cast
 
 from lalic.errors import LalicError
 from lalic.files import atomic_open
-
-T = TypeVar("T")
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
