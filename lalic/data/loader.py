@@ -27,6 +27,7 @@ from lalic.data.crops import Failure, ShardCrops
 from lalic.data.images import describe_error
 from lalic.data.index import ShardIndex
 from lalic.data.order import EpochOrder
+from lalic.data.regions import Decoder, log_decoder
 from lalic.errors import LalicError
 
 logger = logging.getLogger("lalic.data")
@@ -51,6 +52,7 @@ def build_loader(
     window: int = 16,
     flip: bool = False,
     max_bad: float = 0.01,
+    decoder: Decoder = "auto",
     pin_memory: bool = False,
 ) -> CropLoader:
     """A torch DataLoader over the micro-batches of steps start_step .. start_step + num_steps - 1 of one
@@ -66,10 +68,12 @@ def build_loader(
         window: shards that are shuffled into each other.
         flip: mirror half of the crops left to right.
         max_bad: largest share of replaced samples, counted over this loader's life and at least 1000 samples.
+        decoder: "auto" decodes only the needed region of a JPEG where that can be done, "pillow" decodes whole images;
+        the pixels are the same.
         pin_memory: put the batches in page-locked memory.
 
     Returns:
-        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB; "bad", how
+        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB, channels last in memory; "bad", how
         many of them replace a bad sample; "positions", int64 (m,).
 
     Raises:
@@ -94,7 +98,11 @@ def build_loader(
     batches = MicroBatches(
         order, eligible, micro_batch, accumulation, rank, world_size, start_step, start_step + num_steps
     )
-    crops = ShardCrops(index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip)
+    if rank == 0:
+        log_decoder(decoder)
+    crops = ShardCrops(
+        index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder
+    )
     return CropLoader(crops, batches, index=index, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
 
 
