@@ -20,8 +20,7 @@ START = b"\xff\xd8"
 _END = b"\xff\xd9"
 _START_OF_SCAN = b"\xda"
 
-_SOF_BASELINE, _SOF_EXTENDED, _SOF_PROGRESSIVE = 0xC0, 0xC1, 0xC2
-_FRAMES = (_SOF_BASELINE, _SOF_EXTENDED, _SOF_PROGRESSIVE)
+_FRAMES = (0xC0, 0xC1)  # sequential, Huffman-coded: baseline and extended
 _SOS, _DRI, _APP0, _APP1, _APP14 = 0xDA, 0xDD, 0xE0, 0xE1, 0xEE
 # Tables, comments and application data that say nothing about the layout.
 _PASSED_OVER = frozenset({0xC4, 0xDB, 0xFE, *range(0xE2, 0xF0)} - {_APP14})
@@ -36,7 +35,7 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(="|>)([0-9])')
 
 
 class Layout(NamedTuple):
-    """Of a JPEG of one of the common kinds: 8 bits, Huffman-coded, gray or three components."""
+    """Of a JPEG of the common kinds: sequential in one scan, Huffman-coded, 8 bits, gray or three components."""
 
     width: int
     height: int
@@ -44,11 +43,9 @@ class Layout(NamedTuple):
     orientation: int
     """EXIF's 1 to 8."""
     scan: int
-    """Where the data of the first scan begin."""
-    single_scan: bool
-    """All data lie in one scan, which is read as far as it is needed; otherwise all of them are read."""
+    """Where the data of the scan begin."""
     restarts: int
-    """Restart markers inside that scan."""
+    """Restart markers in the scan."""
 
 
 def read_layout(data: bytes) -> Layout | None:
@@ -106,7 +103,7 @@ class _UncommonError(Exception):
 def _read_layout(data: bytes) -> Layout:
     if data[:2] != START:
         raise _UncommonError
-    place, frame, kind, interval = 2, b"", 0, 0
+    place, frame, interval = 2, b"", 0
     orientation = _Orientation()
     while True:
         if data[place] != 0xFF:
@@ -121,7 +118,7 @@ def _read_layout(data: bytes) -> Layout:
         if marker in _FRAMES:
             if frame:
                 raise _UncommonError
-            frame, kind = data[body:end], marker
+            frame = data[body:end]
         elif marker == _APP1:
             orientation.take(data[body:end])
         elif marker == _DRI:
@@ -138,13 +135,11 @@ def _read_layout(data: bytes) -> Layout:
             raise _UncommonError
         place = end
     width, height, components, across, down = _frame(frame)
-    single = kind != _SOF_PROGRESSIVE and data[body] == components
-    # What a scan of a sequential JPEG has to say of its coefficients: all 64, with all bits.
-    if end - body != 4 + 2 * data[body] or (single and data[end - 3 : end] != b"\0\x3f\0"):
+    # All components in one scan, and of their coefficients all 64 with all bits.
+    if end - body != 4 + 2 * components or data[body] != components or data[end - 3 : end] != b"\0\x3f\0":
         raise _UncommonError
     units = -(-width // across) * -(-height // down)
-    restarts = (units - 1) // interval if single and interval else 0
-    return Layout(width, height, orientation.value(), end, single, restarts)
+    return Layout(width, height, orientation.value(), end, (units - 1) // interval if interval else 0)
 
 
 def _frame(frame: bytes) -> tuple[int, int, int, int, int]:

@@ -17,7 +17,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -73,8 +73,8 @@ def build_loader(
         pin_memory: put the batches in page-locked memory.
 
     Returns:
-        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB, channels last in memory; "bad", how
-        many of them replace a bad sample; "positions", int64 (m,).
+        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB, channels last
+        in memory; "bad", how many of them replace a bad sample; "positions", int64 (m,).
 
     Raises:
         LalicError: settings that do not fit each other, no image as large as the crop, a shard that is
@@ -90,6 +90,8 @@ def build_loader(
         raise LalicError(f"rank {rank} is not below the number of ranks, {world_size}")
     if not 0 <= max_bad <= 1:
         raise LalicError(f"the allowed share of bad samples is {max_bad}, it must lie between 0 and 1")
+    if decoder not in get_args(Decoder):
+        raise LalicError(f"the decoder is {decoder!r}, it must be {' or '.join(get_args(Decoder))}")
     if crop < 1 or start_step < 0 or num_steps < 0 or workers < 0:
         raise LalicError(f"crop {crop}, step {start_step}, {num_steps} steps, {workers} workers: out of range")
     eligible = eligible_samples(index, crop, log=rank == 0)
@@ -100,9 +102,7 @@ def build_loader(
     )
     if rank == 0:
         log_decoder(decoder)
-    crops = ShardCrops(
-        index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder
-    )
+    crops = ShardCrops(index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder)
     return CropLoader(crops, batches, index=index, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
 
 

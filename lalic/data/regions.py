@@ -3,6 +3,9 @@
     file ─► layout (lalic.data.jpeg) ─► common JPEG: nvImageCodec decodes the region ─► upright crop
                                      └► all else:    Pillow decodes the whole (lalic.data.images), then it is cut
 
+All else is what Pillow alone decodes by our rules (PNG, WebP, CMYK ...), what is uncommon, and progressive JPEG, all of
+which any decoder must read, with no gain left to speak of.
+
 Both give the same bits. The region decoder is libjpeg-turbo with the same settings as in Pillow: it must read the
 Huffman codes of everything above the crop, but neither transforms nor colours it, and reads nothing below. Where it
 is used is limited to what tests/test_region.py compares with Pillow, and `choose_decoder` compares the two at the
@@ -80,7 +83,7 @@ class CropDecoder:
         stored = stored_box(box, layout)
         if stored is None or layout.width * layout.height > MAX_PIXELS:
             return None
-        if layout.single_scan and self._stray.found(data, layout):
+        if self._stray.found(data, layout):
             return None
         pixels = regions.decode(data, stored)
         return None if pixels is None else turn_upright(pixels, layout.orientation)
@@ -179,7 +182,9 @@ def _load_nvimgcodec() -> Any:
     spec = importlib.util.find_spec("nvidia") and importlib.util.find_spec(_PACKAGE)
     if not spec or not spec.submodule_search_locations:
         raise ImportError("it is not installed (pip install nvidia-nvimgcodec-cu13)")
-    plugins = [path for place in spec.submodule_search_locations for path in Path(place).glob("extensions/libjpeg_turbo*")]
+    plugins = [
+        path for place in spec.submodule_search_locations for path in Path(place).glob("extensions/libjpeg_turbo*")
+    ]
     if not plugins:
         raise ImportError("its libjpeg-turbo plug-in is missing")
     with tempfile.TemporaryDirectory(prefix="lalic-") as folder:
@@ -203,7 +208,7 @@ def _agrees_with_pillow(regions: RegionDecoder) -> bool:
     waves = [127 + 90 * np.sin(rows / (2 + i) + columns / (5 - i)) for i in range(3)]
     texture = (rows * 7919 + columns * 104729) % 61
     picture = Image.fromarray((np.stack(waves, -1) + texture[..., None] - 30).clip(0, 255).astype(np.uint8))
-    for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}):
+    for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=88, **options)
         whole = decode_rgb(buffer.getvalue(), "a test image")
