@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int kBits = 12;       // of a lookup
 constexpr int kEnd = 64;        // added to an entry's advance when an end of block is among its codes
+constexpr int kPadding = 512;   // bytes behind the data; a block takes 64 codes of 16 bits with 15 of value at most
 constexpr int kCategories = 12; // of a DC difference in 8-bit JPEG: 0 to 11
 
 uint64_t load_big_endian(const uint8_t* p) {
@@ -30,9 +32,10 @@ uint64_t load_big_endian(const uint8_t* p) {
 }
 
 struct Entry {
-  uint8_t bits = 0;    // that its codes and their values take; 0: look at the codes one by one
-  uint8_t advance = 0; // coefficients
+  uint8_t bits;    // that its codes and their values take
+  uint8_t advance; // coefficients
 };
+constexpr Entry kLong = {0, 255}; // the codes must be looked at one by one
 
 // One Huffman table. `definition` is what the DHT segment says of it: 16 counts, then the symbols.
 struct Table {
@@ -51,7 +54,7 @@ struct Table {
       offset[length] = place - code;
       last_code[length] = -1;
       if (counts[length - 1] == 0) continue;
-      if (code + counts[length - 1] > 1 << length) return false;
+      if (code + counts[length - 1] >= 1 << length) return false; // a code of ones alone is not allowed
       for (int i = 0; i < counts[length - 1]; ++i, ++code, ++place) {
         if (!ac && symbols[place] >= kCategories) return false;
         if (length > kBits) continue;
@@ -76,7 +79,7 @@ struct Table {
         bits += length + size;
         advance += size > 0 || run == 15 ? run + 1 : kEnd;
       }
-      several[window] = {uint8_t(bits), uint8_t(advance)};
+      several[window] = bits > 0 ? Entry{uint8_t(bits), uint8_t(advance)} : kLong;
     }
   }
 };
@@ -98,20 +101,19 @@ const Table* find_table(const uint8_t* counts, const uint8_t* symbols, int total
   return nullptr;
 }
 
-// Bits of data without stuffed zeros, which ends with at least 16 bytes of padding.
+// Bits of data without stuffed zeros. It does not look where they end: kPadding bytes follow, more than the codes of a
+// block can take, and whoever reads blocks looks after each.
 struct Reader {
   const uint8_t* base;
-  const uint8_t* end;
   const uint8_t* next;
   uint64_t window = 0; // its bits from the highest on are those that come next
   int have = 0;
 
-  Reader(const uint8_t* from, const uint8_t* to) : base(from), end(to), next(from) {}
+  explicit Reader(const uint8_t* from) : base(from), next(from) {}
   void refill() { // to 56 bits at least
     window |= load_big_endian(next) >> have;
     next += (63 - have) >> 3;
     have |= 56;
-    next = std::min(next, end);
   }
   void drop(int bits) {
     window <<= bits;
@@ -142,43 +144,47 @@ int32_t read_dc(Reader& in, const Table& table) {
   in.refill();
   const int size = read_code(in, table);
   if (size < 0) return INT32_MIN;
-  if (size == 0) return 0;
-  const int32_t value = int32_t(in.window >> (64 - size));
+  const int32_t value = int32_t(in.window >> 1 >> (63 - size));
   in.drop(size);
-  return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
+  // Values whose first bit is 0 are negative. Without branches, which would be mispredicted half the time.
+  return value + ((((value << 1) >> size) - 1) & (1 - (1 << size)));
 }
 
 // Passes over the AC codes of one block.
-bool pass_ac(Reader& in, const Table& table) {
+bool pass_ac(Reader& reader, const Table& table) {
+  Reader in = reader; // in registers
   int k = 1;
   while (true) {
     in.refill();
-    // Two lookups per refill: 12 bits, 12 codes' bits and 15 of a value at most.
+    // Twice per refill: an entry takes 27 bits at most, and looks at 12.
     Entry entry = table.several[in.window >> (64 - kBits)];
-    if (entry.bits != 0 && k + entry.advance < 64) {
+    if (k + entry.advance < 64) {
       in.drop(entry.bits);
       k += entry.advance;
       entry = table.several[in.window >> (64 - kBits)];
-    }
-    if (entry.bits != 0) {
-      const int after = k + entry.advance;
-      if (after <= 64 || (entry.advance >= kEnd && after < 64 + kEnd)) {
+      if (k + entry.advance < 64) {
         in.drop(entry.bits);
-        if (after >= 64) return true;
-        k = after;
+        k += entry.advance;
         continue;
       }
+    }
+    const int after = k + entry.advance;
+    if (after == 64 || (entry.advance >= kEnd && after < 64 + kEnd)) {
+      in.drop(entry.bits);
+      break;
     }
     in.refill();
     const int symbol = read_code(in, table);
     if (symbol < 0) return false;
     const int run = symbol >> 4, size = symbol & 15;
-    if (size == 0 && run < 15) return true;
+    if (size == 0 && run < 15) break;
     in.drop(size);
     k += run + 1;
     if (k > 64) return false;
-    if (k == 64) return true;
+    if (k == 64) break;
   }
+  reader = in;
+  return true;
 }
 
 // Bits into a JPEG's scan, with stuffed zeros.
@@ -327,7 +333,7 @@ bool copy_header(const uint8_t* data, const uint8_t* end, Header& header, std::v
 
 // Takes the stuffed zeros out of a scan up to the end of the image; false when another marker stands before it.
 bool unstuff(const uint8_t* p, const uint8_t* end, std::vector<uint8_t>& out, size_t& size) {
-  out.resize(size_t(end - p) + 16);
+  out.resize(size_t(end - p) + kPadding);
   uint8_t* to = out.data();
   while (true) {
     const auto* mark = static_cast<const uint8_t*>(std::memchr(p, 0xFF, size_t(end - p)));
@@ -337,7 +343,7 @@ bool unstuff(const uint8_t* p, const uint8_t* end, std::vector<uint8_t>& out, si
     to += count;
     if (mark[1] != 0) {
       size = size_t(to - out.data());
-      std::memset(to, 0, 16);
+      std::memset(to, 0, kPadding);
       return mark[1] == 0xD9;
     }
     *to++ = 0xFF;
@@ -349,14 +355,15 @@ struct Units {
   int first, last, all;
 };
 
-// The coded units around [from, to) of `length` pixels, with one more on each side, whose colours are interpolated.
+// The coded units that hold [from, to) of `length` pixels and one more on each side: colours are interpolated.
 Units units_around(int from, int to, int length, int unit) {
   const int all = (length + unit - 1) / unit;
-  return {std::max(0, from / unit - 1), std::min(all, (to + unit - 1) / unit + 1), all};
+  return {std::max(0, from - 1) / unit, std::min(all, to / unit + 1), all};
 }
 
 bool cut_scan(Header& header, const Units& columns, const Units& rows, const uint8_t* data, size_t size, Writer& out) {
-  Reader in(data, data + size + 8);
+  Reader in(data);
+  const uint8_t* const end = data + size + 8;
   for (int row = 0; row < rows.last; ++row) {
     for (int column = 0; column < columns.all; ++column) {
       const bool inside = row >= rows.first && column >= columns.first && column < columns.last;
@@ -368,7 +375,7 @@ bool cut_scan(Header& header, const Units& columns, const Units& rows, const uin
           if (difference == INT32_MIN) return false;
           component.read += difference;
           const int64_t start = in.place();
-          if (!pass_ac(in, ac)) return false;
+          if (!pass_ac(in, ac) || in.next > end) return false;
           if (!inside) continue;
           if (in.place() > int64_t(8 * size)) return false;
           out.put_dc(component.read - component.written);
@@ -378,6 +385,9 @@ bool cut_scan(Header& header, const Units& columns, const Units& rows, const uin
       }
     }
     if (in.place() > int64_t(8 * size) || out.full) return false;
+    for (const Component& component : header.components) {
+      if (std::abs(component.read) > 1 << 16) return false; // no sum of damaged differences may overflow
+    }
   }
   return true;
 }

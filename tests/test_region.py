@@ -66,8 +66,8 @@ def used(monkeypatch) -> list[bool]:
     calls: list[bool] = []
     decode = regions.RegionDecoder.decode
 
-    def counted(self, data, box):
-        pixels = decode(self, data, box)
+    def counted(self, *arguments):
+        pixels = decode(self, *arguments)
         calls.append(pixels is not None)
         return pixels
 
@@ -224,7 +224,7 @@ def encoded(kind: str, **options) -> bytes:
 @pytest.mark.parametrize("make", SLOW.values(), ids=SLOW.keys())
 def test_everything_else_is_pillows(make, used):
     agree(make(), boxes(131, 97)[:20])
-    assert not used
+    assert not any(used)
 
 
 def test_boxes_that_do_not_fit_are_pillows_error():

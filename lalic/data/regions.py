@@ -1,6 +1,6 @@
 """Decode no more of a photograph than a crop needs.
 
-    file ─► layout (lalic.data.jpeg) ─► common JPEG: nvImageCodec decodes the region ─► upright crop
+    file ─► layout (lalic.data.jpeg) ─► common JPEG: cut (lalic.data.jpeg_cut), nvImageCodec decodes ─► upright crop
                                      └► all else:    Pillow decodes the whole (lalic.data.images), then it is cut
 
 All else is what Pillow alone decodes by our rules (PNG, WebP, CMYK ...), what is uncommon, and progressive JPEG, all of
@@ -9,11 +9,11 @@ which any decoder must read, with no gain left to speak of.
 Both give the same bits. The region decoder is libjpeg-turbo with the same settings as in Pillow: it must read the
 Huffman codes of everything above the crop, but neither transforms nor colours it, and reads nothing below. Where it
 is used is limited to what tests/test_region.py compares with Pillow, and `choose_decoder` compares the two at the
-start of a run, since Pillow may be built on another libjpeg.
+start of a run, since Pillow may be built on another libjpeg. Without a C++ compiler it gets the file uncut.
 
-A file is bad when Pillow would refuse it, or when it is a JPEG without an end. The region decoder does not see what
-lies below the crop, but as long as no stray marker stands there (`StrayMarkers`) Pillow cannot fail there either; and
-when there is one, or the region decoder fails, Pillow decides.
+A file is bad when Pillow would refuse it, or when it is a JPEG without an end. Neither cutting nor the region decoder
+sees what lies below the crop, but as long as no stray marker stands there (which the cut looks for, or `StrayMarkers`)
+Pillow cannot fail there either; and when there is one, or the region decoder fails, Pillow decides.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from PIL import Image
 
 from lalic.data.images import MAX_PIXELS, Box, decode_rgb
 from lalic.data.jpeg import START, Layout, StrayMarkers, check_end, read_layout
+from lalic.data.jpeg_cut import JpegCutter
+from lalic.kernels.builder import BuildError
 
 logger = logging.getLogger("lalic.data")
 
@@ -51,10 +53,9 @@ class CropDecoder:
         self.decoder = decoder
         self._process = -1
         self._regions: RegionDecoder | None = None
-        self._stray = StrayMarkers()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"decoder": self.decoder, "_process": -1, "_regions": None, "_stray": StrayMarkers()}
+        return {"decoder": self.decoder, "_process": -1, "_regions": None}
 
     def decode(self, data: bytes, name: str, box: Box) -> np.ndarray:
         """(bottom - top, right - left, 3) uint8 for box = (left, top, right, bottom).
@@ -83,9 +84,7 @@ class CropDecoder:
         stored = stored_box(box, layout)
         if stored is None or layout.width * layout.height > MAX_PIXELS:
             return None
-        if self._stray.found(data, layout):
-            return None
-        pixels = regions.decode(data, stored)
+        pixels = regions.decode(data, layout, stored)
         return None if pixels is None else turn_upright(pixels, layout.orientation)
 
 
@@ -114,10 +113,11 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 class RegionDecoder:
-    """nvImageCodec's libjpeg-turbo on the CPU, in the calling thread."""
+    """nvImageCodec's libjpeg-turbo on the CPU, in the calling thread. For one thread."""
 
-    def __init__(self, nvimgcodec: Any) -> None:
-        self._codec = nvimgcodec
+    def __init__(self, nvimgcodec: Any, cutter: JpegCutter | None) -> None:
+        self._codec, self._cutter = nvimgcodec, cutter
+        self._stray = StrayMarkers()
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,
@@ -126,12 +126,17 @@ class RegionDecoder:
         )
         self._settings = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
 
-    def decode(self, data: bytes, box: Box) -> np.ndarray | None:
+    def decode(self, data: bytes, layout: Layout, box: Box) -> np.ndarray | None:
         """(H, W, 3) uint8 of the stored image's box = (left, top, right, bottom); None when it cannot."""
+        part: bytes | np.ndarray = data
+        if self._cutter and (cut := self._cutter(data, box)):
+            part, box = cut
+        elif self._stray.found(data, layout):
+            return None
         left, top, right, bottom = box
         try:
             region = self._codec.Region(top, left, bottom, right)
-            stream = self._codec.CodeStream(data).get_sub_code_stream(region=region)
+            stream = self._codec.CodeStream(part).get_sub_code_stream(region=region)
             image = self._decoder.decode(stream, params=self._settings)
         # pybind11 translates C++ exceptions to several kinds.
         except Exception:
@@ -147,13 +152,17 @@ def choose_decoder(decoder: Decoder) -> tuple[str, str]:
     if decoder == "pillow":
         return "pillow", "data.decoder is pillow"
     try:
-        regions = RegionDecoder(_load_nvimgcodec())
+        regions = RegionDecoder(_load_nvimgcodec(), None)
     except ImportError as error:
         return "pillow", f"nvidia-nvimgcodec, which decodes JPEG several times faster, cannot be used: {error}"
     except Exception as error:
         return "pillow", f"nvidia-nvimgcodec cannot be used on this machine: {' '.join(str(error).split())}"
     if not _agrees_with_pillow(regions):
         return "pillow", "nvidia-nvimgcodec decodes to other bits than this Pillow"
+    try:
+        JpegCutter()
+    except BuildError as error:
+        return "nvimgcodec", f"regions of JPEG, with Pillow's bits; of the whole files, which is slower, since {error}"
     return "nvimgcodec", "regions of JPEG, with Pillow's bits"
 
 
@@ -169,7 +178,13 @@ _logged: set[str] = set()
 
 def open_region_decoder() -> RegionDecoder | None:
     """A region decoder for the calling process, None where there is none."""
-    return RegionDecoder(_load_nvimgcodec()) if choose_decoder("auto")[0] == "nvimgcodec" else None
+    if choose_decoder("auto")[0] != "nvimgcodec":
+        return None
+    try:
+        cutter = JpegCutter()
+    except BuildError:
+        cutter = None
+    return RegionDecoder(_load_nvimgcodec(), cutter)
 
 
 @functools.cache
@@ -211,9 +226,10 @@ def _agrees_with_pillow(regions: RegionDecoder) -> bool:
     for options in ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=88, **options)
-        whole = decode_rgb(buffer.getvalue(), "a test image")
+        data = buffer.getvalue()
+        layout, whole = read_layout(data), decode_rgb(data, "a test image")
         for left, top, right, bottom in ((0, 0, 91, 75), (17, 23, 59, 70), (32, 16, 91, 64)):
-            part = regions.decode(buffer.getvalue(), (left, top, right, bottom))
+            part = layout and regions.decode(data, layout, (left, top, right, bottom))
             if part is None or not np.array_equal(part, whole[top:bottom, left:right]):
                 return False
     return True
