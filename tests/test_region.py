@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+from lalic.kernels.builder import BuildError
 from PIL import Image
 
 from lalic.data import regions
@@ -94,9 +95,20 @@ FAST = {
 }
 
 
+@pytest.fixture(params=["cut", "whole file"])
+def either_way(request, monkeypatch) -> None:
+    """The region decoder gets a part of the file, or the whole where there is no C++ compiler."""
+    if request.param == "whole file":
+
+        def fail(self) -> None:
+            raise BuildError("no C++ compiler")
+
+        monkeypatch.setattr(regions.JpegCutter, "__init__", fail)
+
+
 @needs_regions
 @pytest.mark.parametrize("options", FAST.values(), ids=FAST.keys())
-def test_regions_have_the_bits_of_the_whole(options, used):
+def test_regions_have_the_bits_of_the_whole(options, used, either_way):
     for height, width in SIZES:
         agree(jpeg(picture(height, width), **options), boxes(width, height))
     assert len(used) > 100 and all(used)
@@ -271,7 +283,7 @@ def damaged(data: bytes, generator: np.random.Generator) -> bytes:
 
 
 @needs_regions
-def test_damage_means_the_same_to_both(used):
+def test_damage_means_the_same_to_both(used, either_way):
     """A verdict, or pixels, that depended on the decoder would make a run depend on it."""
     generator = np.random.default_rng(5)
     made = [
@@ -380,6 +392,14 @@ def test_a_pillow_with_other_bits_is_found_out(monkeypatch, caplog, forgotten):
     with caplog.at_level(logging.INFO, "lalic.data"):
         regions.log_decoder("auto")
     assert "by pillow: nvidia-nvimgcodec decodes to other bits than this Pillow" in caplog.text
+
+
+@needs_regions
+def test_without_a_compiler_the_log_says_what_is_lost(monkeypatch, caplog, forgotten, either_way):
+    with caplog.at_level(logging.INFO, "lalic.data"):
+        regions.log_decoder("auto")
+    assert "by nvimgcodec: regions of JPEG, with Pillow's bits" in caplog.text
+    assert ("which is slower, since no C++ compiler" in caplog.text) == (regions.open_region_decoder()._cutter is None)
 
 
 def test_a_set_decoder_is_taken(caplog, forgotten, used):

@@ -29,7 +29,8 @@ class JpegCutter:
     def __call__(self, data: bytes, box: Box) -> tuple[np.ndarray, Box] | None:
         """The smaller JPEG, valid until the next call, and the place of the box in it.
 
-        None for unusual or damaged data, and for those with a stray marker before the end of the image. `box` is (left, top, right, bottom) in pixels of the stored image.
+        None for unusual or damaged data, and for those with a stray marker before the end of the image. `box` is
+        (left, top, right, bottom) in pixels of the stored image.
         """
         if len(self._out) < len(data) + 1024:
             self._out = np.empty(2 * len(data) + 1024, np.uint8)

@@ -129,7 +129,11 @@ class RegionDecoder:
     def decode(self, data: bytes, layout: Layout, box: Box) -> np.ndarray | None:
         """(H, W, 3) uint8 of the stored image's box = (left, top, right, bottom); None when it cannot."""
         part: bytes | np.ndarray = data
-        if self._cutter and (cut := self._cutter(data, box)):
+        if self._cutter and not layout.restarts:
+            cut = self._cutter(data, box)
+            # Mostly damage, about which libjpeg would complain on the standard error output.
+            if cut is None:
+                return None
             part, box = cut
         elif self._stray.found(data, layout):
             return None
