@@ -9,13 +9,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
+from lalic import sizes
 from lalic.data.images import MAX_PIXELS
+from lalic.errors import LalicError
 
 from .job import Options, run_job
 from .writer import LEAST_SHARD_SIZE
 
-_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *([KMGT]?)(I?B?)", re.IGNORECASE)
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -37,15 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `536870912`, `512MiB` or `512M` (binary), `500MB` (decimal)."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; examples: 536870912, 512MiB, 1GB")
-    number, unit, suffix = (part.upper() for part in match.groups())
-    size = float(number) * (1000 if suffix == "B" else 1024) ** _UNITS[unit]
+    """The size of a shard; see `lalic.sizes`."""
+    try:
+        size = sizes.parse_size(text)
+    except LalicError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     if size < LEAST_SHARD_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is too small, a shard has at least {LEAST_SHARD_SIZE} bytes")
-    return int(size)
+    return size
 
 
 def _whole_number(least: int, most: int) -> Callable[[str], int]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from lalic import ladder
 from lalic.errors import LalicError
+from lalic.sizes import Size
 from lalic.training.typed_yaml import build, dump_yaml, load_yaml, override
 
 STRIDE = 64
@@ -88,7 +89,19 @@ class DataSection:
     """`data`: shards to train on and images to validate on."""
 
     shards: str = field(default="shards", metadata=_MAY_CHANGE)
-    """Folder that data_prep/shard.py wrote. A resumed run may find it elsewhere, but not with other samples."""
+    """Folder that data_prep/shard.py wrote, or its URL (https://, s3:// or whatever else fsspec reads). A resumed run
+    may find it elsewhere, but not with other samples."""
+
+    endpoint: str | None = field(default=None, metadata=_MAY_CHANGE)
+    """Address of an S3-compatible server that has the s3:// shards; null: Amazon's, or AWS_ENDPOINT_URL."""
+
+    cache: str | None = field(default=None, metadata=_MAY_CHANGE)
+    """Folder on this machine for what comes from a URL, shared by its ranks and runs; null: LALIC_CACHE_DIR or
+    ~/.cache/lalic."""
+
+    cache_size: Size | None = field(default=None, metadata=_MAY_CHANGE)
+    """Most bytes of shards in the cache, such as 200GiB; null: 100GiB. 0: none are kept, and each sample is read by
+    itself (docs/data.md says when)."""
 
     window: int = 16
     """Shards whose samples are mixed with each other."""

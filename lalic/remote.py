@@ -145,7 +145,13 @@ class Remote:
         url = self.url(name)
 
         def ask() -> Info:
-            found = self.filesystem.info(url)
+            try:
+                found = self.filesystem.info(url)
+            except FileNotFoundError as error:
+                # fsspec's HTTP says so whatever went wrong, and keeps the answer as the cause.
+                if self.scheme in _HTTP and isinstance(error.__cause__, Exception):
+                    raise error.__cause__ from None
+                raise
             etag = found.get("ETag") or found.get("Last-Modified") or found.get("LastModified") or ""
             return Info(found.get("size"), str(etag))
 
@@ -212,6 +218,8 @@ async def _read_http(system: Any, url: str, start: int | None, stop: int | None)
 
 
 def _file_system(scheme: str, endpoint: str | None, patience: Patience) -> Any:
+    if endpoint is not None and scheme not in _S3:
+        raise RemoteError(f"an endpoint ({endpoint}) goes with s3:// only, not with {scheme}://")
     options: dict[str, Any] = {"skip_instance_cache": True}
     if scheme in _HTTP:
         from aiohttp import ClientTimeout
@@ -221,8 +229,6 @@ def _file_system(scheme: str, endpoint: str | None, patience: Patience) -> Any:
         options["client_kwargs"] = {"timeout": timeout, "trust_env": True}
     elif scheme in _S3:
         options |= _s3_options(endpoint, patience)
-    elif endpoint is not None:
-        raise RemoteError(f"an endpoint ({endpoint}) goes with s3:// only, not with {scheme}://")
     try:
         system = fsspec.filesystem(scheme, **options)
     except (ImportError, ValueError) as error:

@@ -23,7 +23,7 @@ from lalic.data.images import decode_rgb
 from lalic.data.index import ShardIndex
 from lalic.data.loader import build_loader, worker_failure
 from lalic.data.order import EpochPlan, random_crop
-from lalic.data.reader import MAX_OPEN_SHARDS, ShardReader
+from lalic.data.reader import MAX_OPEN_SHARDS, LocalReader
 from lalic.errors import LalicError
 
 # torch's advice about more workers than processors is beside the point of these tests.
@@ -145,13 +145,13 @@ def test_the_global_random_state_is_left_alone(made):
 
 def test_workers_survive_the_signals_meant_for_the_trainer(made):
     batches = iter(loader(made / "shards", num_steps=60, workers=2))
-    next(batches)
+    next(batches), next(batches)  # one of each worker: both have begun
     workers = [process.pid for process in multiprocessing.active_children()]
     assert len(workers) == 2
     # From elsewhere, as a job scheduler does it; a SIGTERM from the loader's own process ends them.
     for stop in ("TERM", "USR1", "INT"):
         subprocess.run(["kill", f"-{stop}", *map(str, workers)], check=True)
-    assert sum(1 for _ in batches) == 59
+    assert sum(1 for _ in batches) == 58
 
 
 def test_a_program_ends_at_once_with_a_loader_in_use(made):
@@ -254,6 +254,7 @@ def test_too_many_bad_samples_stop_the_run_with_one_line(shards, workers):
     damage(shards, list(range(0, len(index), 2)))
     with pytest.raises(LalicError, match=r"samples could not be read, more than the allowed share of 0.01") as caught:
         list(loader(shards, workers=workers, num_steps=40))
+    assert f"check the shards with python data_prep/verify.py {shards}; the last" in str(caught.value)
     assert "\n" not in str(caught.value) and ".tar" in str(caught.value)
 
 
@@ -299,10 +300,31 @@ def test_a_tar_cut_in_half_is_named_before_anything_is_read(shards):
 
 def test_cut_after_the_start_is_a_bad_sample(shards):
     """Bytes that vanish under a running job cost samples, not the run, up to the allowed share."""
-    batches = loader(shards, max_bad=1.0)
+    batches = iter(loader(shards, max_bad=1.0))
+    assert sum(next(batches)["bad"] for _ in range(4)) == 0  # a whole epoch
     index = ShardIndex.load(shards)
     os.truncate(shards / "shard-000000.tar", int(index.offset[1]) + 10)
     assert sum(batch["bad"] for batch in batches) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_the_first_rank_looks_at_all_shards_and_the_others_at_those_they_open(shards, workers):
+    batches = loader(shards, rank=1, world_size=2, max_bad=1.0, workers=workers)
+    os.truncate(shards / "shard-000001.tar", 5000)
+    with pytest.raises(LalicError, match=r"shard-000001.tar is damaged or cut short: it has 5000 bytes") as caught:
+        list(batches)
+    assert "\n" not in str(caught.value)
+    (shards / "shard-000001.tar").unlink()
+    loader(shards, rank=1, world_size=2)
+    with pytest.raises(LalicError, match=r"shard-000001.tar is missing: copy it again"):
+        loader(shards)
+
+
+def test_the_first_damaged_shard_is_named_and_the_way_to_look_at_all(shards):
+    for number in (7, 2, 5):
+        os.truncate(shards / f"shard-{number:06d}.tar", 1)
+    with pytest.raises(LalicError, match=r"shard-000002.tar is damaged or cut short"):
+        loader(shards)
 
 
 def test_crop_larger_than_some_leaves_them_out_with_a_count(made, caplog):
@@ -350,7 +372,7 @@ def test_open_files_stay_bounded(tmp_path):
         entries.append({"name": name, "bytes": size, "sha256": "", "samples": [sample]})
     (tmp_path / "index.json").write_text(json.dumps({"version": 1, "shards": entries}))
     index = ShardIndex.load(tmp_path)
-    reader = ShardReader(index)
+    reader = LocalReader(index)
     before = len(os.listdir("/proc/self/fd"))
     for sample in [*range(count), *range(count)]:
         assert decode_rgb(reader.read(sample), "x").shape == (8, 8, 3)

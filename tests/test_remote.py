@@ -91,6 +91,18 @@ def test_no_such_place(root, message):
 def test_an_endpoint_goes_with_s3_only(bucket):
     with pytest.raises(RemoteError, match="goes with s3:// only"):
         Remote("memory://x", endpoint="http://127.0.0.1:1").read("a")
+    with pytest.raises(RemoteError, match="goes with s3:// only"):
+        place(bucket, endpoint="http://127.0.0.1:1").read("train/a.jpg")
+
+
+def test_what_is_known_of_a_file_is_asked_again_too(bucket):
+    bucket.faults = [Fault("503", times=4)]
+    assert place(bucket).info("train/a.jpg").size == len(DATA)
+    with pytest.raises(RemoteMissing):
+        place(bucket).info("train/b.jpg")
+    bucket.faults = [Fault("drop", times=100)]
+    with pytest.raises(RemoteError, match="5 attempts"):
+        place(bucket).info("train/a.jpg")
 
 
 def test_the_global_generator_is_left_alone(bucket):

@@ -20,6 +20,7 @@ from PIL import Image
 from shard_samples import SMALL, encode, keys, left_out, picture, read_back, result, shard_command, write_folder
 
 from lalic.data.index import ShardIndex
+from lalic.data.reader import LocalReader
 from lalic.errors import LalicError
 
 FLAGS = ["--shard-size", "60000", "--min-side", "32"]
@@ -68,7 +69,7 @@ def test_the_index_tells_the_truth(photos, tmp_path):
             assert owner == (0, 0, 0, "", "", 0o644)
             image = Image.open(io.BytesIO(data[sample["offset"] : sample["offset"] + sample["size"]]))
             assert image.size == (sample["width"], sample["height"])
-    ShardIndex.load(tmp_path).check_files()
+    LocalReader(ShardIndex.load(tmp_path)).check(1)
 
 
 def test_width_and_height_are_those_of_the_upright_image(tmp_path):

@@ -10,9 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from lalic.data.images import ImageError
-from lalic.data.index import ShardIndex
 from lalic.data.order import Crop, random_crop, random_crops, replacement_word
-from lalic.data.reader import ShardReader
+from lalic.data.reader import Reader
 from lalic.data.regions import CropDecoder, Decoder
 from lalic.errors import LalicError
 
@@ -41,7 +40,7 @@ class ShardCrops(Dataset[Any]):
 
     def __init__(
         self,
-        index: ShardIndex,
+        reader: Reader,
         eligible: np.ndarray,
         *,
         crop: int,
@@ -50,9 +49,8 @@ class ShardCrops(Dataset[Any]):
         flip: bool,
         decoder: Decoder = "auto",
     ) -> None:
-        self.index, self.eligible = index, eligible
+        self.reader, self.index, self.eligible = reader, reader.index, eligible
         self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
-        self._files = ShardReader(index)
         self._decoder = CropDecoder(decoder)
 
     def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
@@ -62,6 +60,7 @@ class ShardCrops(Dataset[Any]):
         bad: list[tuple[int, str]] = []
         replaced = 0
         try:
+            self.reader.expect(samples.tolist())
             crops = self._places(positions, samples)
             for row, (position, sample) in enumerate(zip(positions.tolist(), samples.tolist(), strict=True)):
                 found = self._fill(pixels[row], position, sample, crops[row])
@@ -114,9 +113,15 @@ class ShardCrops(Dataset[Any]):
 
     def _read_crop(self, out: torch.Tensor, sample: int, crop: Crop) -> None:
         """Read, decode and mirror one crop into `out` (crop, crop, 3)."""
-        data = self._files.read(sample)
+        name = self.index.key(sample)
         box = (crop.left, crop.top, crop.left + self.crop, crop.top + self.crop)
-        pixels = self._decoder.decode(data, self.index.key(sample), box)
+        try:
+            pixels = self._decoder.decode(self.reader.read(sample), name, box)
+        except ImageError:
+            again = self.reader.read_again(sample)
+            if again is None:
+                raise
+            pixels = self._decoder.decode(again, name, box)
         if self.flip and crop.flip:
             # NumPy takes five times as long to reverse pixels of three bytes.
             out.copy_(torch.from_numpy(np.ascontiguousarray(pixels)).flip(1))

@@ -20,7 +20,6 @@ from lalic.errors import LalicError
 __all__ = ["INDEX_NAME", "INDEX_VERSION", "ShardIndex"]
 
 INDEX_NAME = "index.json"
-_SHARD_REMEDY = "copy it again or run data_prep/shard.py again"
 
 # From this size on, about 250,000 samples, the arrays go to a file that all processes map.
 _MAPPED_FROM = 32 << 20
@@ -33,7 +32,8 @@ class ShardIndex:
     S shards, n samples; sample ids 0..n-1 run through the shards in order.
     """
 
-    folder: Path
+    folder: Path | str
+    """Where the shards are: a folder, or the URL of one."""
     names: tuple[str, ...]
     """File names of the shards."""
     shard_bytes: np.ndarray
@@ -99,7 +99,8 @@ class ShardIndex:
         return self.keys_utf8[start : int(self.key_end[sample])].tobytes().decode()
 
     def shard_path(self, shard: int) -> Path:
-        return self.folder / self.names[shard]
+        """Of a shard in a folder."""
+        return Path(self.folder, self.names[shard])
 
     def describe(self, sample: int) -> str:
         """`KEY in SHARD.tar`, for messages."""
@@ -119,25 +120,13 @@ class ShardIndex:
         """The largest shorter side of all samples: the largest square crop that any image allows."""
         return int(np.minimum(self.width, self.height).max(initial=0))
 
-    def check_files(self) -> None:
-        """Raise LalicError naming the first shard that is missing or has another size than indexed."""
-        for name, expected in zip(self.names, self.shard_bytes.tolist(), strict=True):
-            path = self.folder / name
-            try:
-                actual = path.stat().st_size
-            except OSError as error:
-                missing = isinstance(error, FileNotFoundError)
-                what = "is missing" if missing else f"cannot be read ({error.strerror})"
-                raise LalicError(f"shard {path} {what}: {_SHARD_REMEDY}") from error
-            if actual != expected:
-                raise LalicError(
-                    f"shard {path} is damaged or cut short: it has {actual} bytes, {INDEX_NAME} says "
-                    f"{expected}: {_SHARD_REMEDY}"
-                )
-
 
 def _new(
-    cls: type[ShardIndex], folder: Path, about: dict[str, Any], arrays: dict[str, np.ndarray], map_file: Path | None
+    cls: type[ShardIndex],
+    folder: Path | str,
+    about: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    map_file: Path | None,
 ) -> ShardIndex:
     names, sums = tuple(about["names"]), tuple(about["shard_sha256"])
     return cls(
@@ -150,5 +139,5 @@ def _new(
     )
 
 
-def _reopen(folder: Path, map_file: Path) -> ShardIndex:
+def _reopen(folder: Path | str, map_file: Path) -> ShardIndex:
     return _new(ShardIndex, folder, *open_map(map_file), map_file)

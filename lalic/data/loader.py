@@ -3,6 +3,7 @@
     MicroBatches (main process)      step, rank -> positions and sample ids, by arithmetic
     ShardCrops (worker processes)    positions  -> read, decode, crop: uint8 (m, 3, crop, crop)
     CropLoader (main process)        counts bad samples, turns a worker's failure into one LalicError
+    Prefetch (a thread of it)        shards from elsewhere -> the cache, before the workers need them
 
 With global batch G, R ranks and accumulation A, micro-batch a of rank r at step s holds the positions
 s*G + (a*R + r)*m ... + m, where m = G / (A*R). Steps count from the start of the stage.
@@ -23,10 +24,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from lalic.data.cache import ShardCache
 from lalic.data.crops import Failure, ShardCrops
 from lalic.data.images import describe_error
 from lalic.data.index import ShardIndex
 from lalic.data.order import EpochOrder
+from lalic.data.prefetch import Prefetch
+from lalic.data.reader import LocalReader, Reader
 from lalic.data.regions import Decoder, log_decoder
 from lalic.errors import LalicError
 
@@ -36,9 +40,13 @@ logger = logging.getLogger("lalic.data")
 _LEAST_SEEN = 1000
 
 
+_OF_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
 def build_loader(
     index: ShardIndex,
     *,
+    reader: Reader | None = None,
     crop: int,
     seed: int,
     first_epoch: int,
@@ -59,7 +67,9 @@ def build_loader(
     stage.
 
     Args:
-        index: the shards; their sizes are compared with the index before anything is read.
+        index: the shards.
+        reader: how the samples' bytes are had (lalic.data.source); None: the shards are files in the index's folder.
+            The first rank checks them before anything is read.
         crop: side of the square crops in pixels. Samples with a shorter side below it are left out of the
         stage.
         seed: of the order and of the crops.
@@ -95,15 +105,17 @@ def build_loader(
     if crop < 1 or start_step < 0 or num_steps < 0 or workers < 0:
         raise LalicError(f"crop {crop}, step {start_step}, {num_steps} steps, {workers} workers: out of range")
     eligible = eligible_samples(index, crop, log=rank == 0)
-    index.check_files()
+    reader = reader or LocalReader(index)
+    if rank == 0:
+        reader.check(window)
     order = EpochOrder(index.counts(eligible), seed, window, first_epoch)
     batches = MicroBatches(
         order, eligible, micro_batch, accumulation, rank, world_size, start_step, start_step + num_steps
     )
     if rank == 0:
         log_decoder(decoder)
-    crops = ShardCrops(index, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder)
-    return CropLoader(crops, batches, index=index, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
+    crops = ShardCrops(reader, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder)
+    return CropLoader(crops, batches, reader=reader, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
 
 
 def eligible_samples(index: ShardIndex, crop: int, *, log: bool = False) -> np.ndarray:
@@ -147,6 +159,11 @@ class MicroBatches(Sampler[tuple[np.ndarray, np.ndarray]]):
                 stop = start + self.micro_batch
                 yield np.arange(start, stop), self.eligible[self.order.samples(start, stop)]
 
+    def prefetch(self, cache: ShardCache) -> Prefetch:
+        """What brings the shards of these batches, of all ranks, into `cache`; not started yet."""
+        batch = self.micro_batch * self.accumulation * self.world_size
+        return Prefetch(cache, self.order, self.start_step * batch, self.stop_step * batch)
+
 
 class CropLoader(DataLoader[Any]):
     """The DataLoader of `build_loader`: counts bad samples, turns workers' failures into LalicErrors."""
@@ -156,7 +173,7 @@ class CropLoader(DataLoader[Any]):
         crops: ShardCrops,
         batches: MicroBatches,
         *,
-        index: ShardIndex,
+        reader: Reader,
         max_bad: float,
         workers: int,
         pin_memory: bool,
@@ -174,19 +191,32 @@ class CropLoader(DataLoader[Any]):
             # it would change the training noise of a run each time that run is resumed.
             generator=torch.Generator(),
         )
-        self.index, self.max_bad = index, max_bad
+        self.batches, self.reader, self.max_bad = batches, reader, max_bad
         self.seen = self.bad = 0
         self._logged: set[int] = set()
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        # The workers are forked with the signals blocked, so none reaches them before they have arranged theirs.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
         try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        prefetch = self.batches.prefetch(self.reader.cache) if self.reader.cache is not None else None
+        try:
+            if prefetch is not None:
+                prefetch.start()  # the worker processes are forked by now
             while (batch := _next(batches)) is not None:
                 if isinstance(batch, Failure):
                     raise LalicError(batch.message)
                 self._count(len(batch["x"]), batch["bad"], batch.pop("bad_samples"))
+                if prefetch is not None:
+                    prefetch.check()
+                    prefetch.position = int(batch["positions"][0])
                 yield batch
         finally:
+            if prefetch is not None:
+                prefetch.stop()
             # torch does this when the iterator is collected. An error's traceback keeps it in a cycle, though, and
             # when a cycle is collected the queues go first: the workers are not told, and torch waits for them.
             shutdown = getattr(batches, "_shutdown_workers", None)
@@ -199,12 +229,12 @@ class CropLoader(DataLoader[Any]):
         for sample, reason in bad_samples:
             if sample not in self._logged:
                 self._logged.add(sample)
-                logger.warning("bad sample %s is replaced: %s", self.index.describe(sample), reason)
+                logger.warning("bad sample %s is replaced: %s", self.reader.index.describe(sample), reason)
         if self.bad > self.max_bad * max(self.seen, _LEAST_SEEN):
             raise LalicError(
                 f"{self.bad} of {self.seen} samples could not be read, more than the allowed share of "
-                f"{self.max_bad}: check the shards in {self.index.folder}; the last bad sample was "
-                f"{self.index.describe(bad_samples[-1][0])}"
+                f"{self.max_bad}: {self.reader.advice}; the last bad sample was "
+                f"{self.reader.index.describe(bad_samples[-1][0])}"
             )
 
 
@@ -242,12 +272,11 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
     it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds.
     """
-    for stop in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for stop in _OF_THE_TRAINER - {signal.SIGTERM}:
         signal.signal(stop, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Blocked before the thread begins, so that it has the same mask and no other thread takes the signal.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # SIGTERM stays blocked, in every thread, so that this thread alone takes it.
         threading.Thread(target=_end_at_request_of, args=(parent.pid,), daemon=True).start()
 
 

@@ -148,14 +148,19 @@ class EpochOrder:
             start = end
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
-    def windows_from(self, position: int) -> Iterator[np.ndarray]:
-        """Yield, without end, the shard numbers of the window at `position`, of the next window, and so on."""
+    def windows_from(self, position: int, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Yield the shard numbers of the window at `position`, of the next window, and so on, of those that begin
+        before position `stop`, or without end.
+        """
         epoch, place = divmod(position, self.length)
         while True:
             # A plan of its own: whoever looks ahead must not throw the reader's out.
             plan = EpochPlan(self.counts, self.seed, self.first_epoch + epoch, self.window)
             for number in range(plan.window_at(place), len(plan.window_end)):
+                if stop is not None and position >= stop:
+                    return
                 yield plan.shards_of(number)
+                position = epoch * self.length + int(plan.window_end[number])
             epoch, place = epoch + 1, 0
 
     def _epoch(self, epoch: int) -> EpochPlan:

@@ -19,12 +19,13 @@ from accelerate.utils import gather_object
 
 from lalic.config import RunConfig, config_text
 from lalic.data.images import list_images
-from lalic.data.index import ShardIndex
 from lalic.data.loader import build_loader, eligible_samples
+from lalic.data.reader import Reader
+from lalic.data.source import open_shards
 from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
 from lalic.training import checkpoint
-from lalic.training.distributed import check_equal, on_first_rank, seed_from, together
+from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
 from lalic.training.environment import device_name, random_state, set_random_state, versions
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Schedule, Stage, plan
@@ -39,7 +40,7 @@ logger = logging.getLogger("lalic.train")
 class Inputs:
     """What a run reads before its first step."""
 
-    index: ShardIndex
+    reader: Reader
     images: list[Path]
     """To validate on."""
     schedule: Schedule
@@ -50,8 +51,10 @@ class Inputs:
 
 def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
     """Everything from the disk, on one rank. Raises LalicError for what is missing or does not fit."""
-    index = ShardIndex.load(config.data.shards)
-    images = list_images(config.data.val) if config.data.val else []
+    data = config.data
+    reader = open_shards(data.shards, endpoint=data.endpoint, cache=data.cache, cache_size=data.cache_size)
+    index = reader.index
+    images = list_images(data.val) if data.val else []
 
     def samples(crop: int) -> int:
         return len(eligible_samples(index, crop))
@@ -62,7 +65,7 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if resume_from is None:
-        return Inputs(index, images, schedule, new_model(config), None)
+        return Inputs(reader, images, schedule, new_model(config), None)
     saved = {
         "meta": checkpoint.read_meta(resume_from),
         "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
@@ -70,10 +73,10 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
     }
     if saved["meta"]["shards"] != index.fingerprint:
         raise LalicError(
-            f"{config.data.shards} does not hold the samples that this run was started on: point "
+            f"{data.shards} does not hold the samples that this run was started on: point "
             "data.shards at them, or use another run.dir"
         )
-    return Inputs(index, images, schedule, checkpoint.load_model(resume_from), saved)
+    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from), saved)
 
 
 class Session:
@@ -82,7 +85,12 @@ class Session:
     def __init__(self, accelerator: Accelerator, config: RunConfig, resume_from: Path | None):
         self.accelerator, self.config = accelerator, config
         inputs = together(accelerator, lambda: read_inputs(config, resume_from))
-        self.index, self.images, self.schedule = inputs.index, inputs.images, inputs.schedule
+        self.reader, self.index = inputs.reader, inputs.reader.index
+        self.images, self.schedule = inputs.images, inputs.schedule
+        if len(set(gather_object([self.index.fingerprint]))) > 1:
+            raise SharedError(
+                f"data.shards={config.data.shards} does not hold the same samples on all machines: copy them again"
+            )
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] | None = None
@@ -112,6 +120,7 @@ class Session:
             self.accelerator,
             lambda: build_loader(
                 self.index,
+                reader=self.reader,
                 crop=stage.crop,
                 seed=self.config.run.seed,
                 first_epoch=stage.first_epoch,

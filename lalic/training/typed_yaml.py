@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from lalic.errors import LalicError
+from lalic.sizes import Size, parse_size
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ def as_mapping(value: Any) -> Any:
         return {_key(field): as_mapping(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple):
         return [as_mapping(item) for item in value]
-    return value
+    return int(value) if isinstance(value, Size) else value
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -257,6 +258,11 @@ def _value(hint: Any, value: Any, path: str, root: type) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if hint is Size and type(value) in (int, str):
+        try:
+            return parse_size(str(value))
+        except LalicError:
+            pass  # told below as for any other type
     # `type`, not `isinstance`: True is an int to Python, but not to people.
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise LalicError(f"{path} must be {allowed}, not {_shown(value)}")
@@ -275,7 +281,13 @@ def _allowed(hint: Any, optional: bool) -> str:
     return text + (" or null" if optional else "")
 
 
-_SINGULAR = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_SINGULAR = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    Size: "a size such as 512MiB or 200GiB",
+}
 _PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
