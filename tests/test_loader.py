@@ -234,6 +234,14 @@ def test_crops_lie_as_the_model_takes_them(made):
             assert batch["x"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_reach_the_device_as_they_are(made, workers):
+    for batch in loader(made / "shards", num_steps=3, workers=workers, pin_memory=True):
+        assert batch["x"].is_pinned() and batch["x"].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch["x"].to("cuda", non_blocking=True).cpu(), batch["x"])
+
+
 def test_no_bad_sample_allowed(shards):
     damage(shards, [1])
     with pytest.raises(LalicError, match=r"1 of \d+ samples could not be read, .* allowed share of 0"):
