@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lalic.data.images import ImageError, decode_rgb, describe_error
+from lalic.data.jpeg import check_end
 from lalic.errors import LalicError
 
 from .headers import upright_size
@@ -19,8 +20,6 @@ from .headers import upright_size
 CHECKS = ("full", "headers")
 """full: all of the image is decoded. headers: kind, size and orientation, a JPEG's end, a PNG's sums."""
 
-_START_OF_SCAN = b"\xda"
-_END_OF_IMAGE = b"\xff\xd9"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -65,7 +64,7 @@ def check_image(file: File, limits: Limits) -> Checked:
         data = _read(file.path, limits) if file.data is None else file.data
         extension = image_extension(data, name)
         if extension == "jpg":
-            _check_jpeg_end(data, name)
+            check_end(data, name)
         if extension == "png":
             _check_png_sums(data, name)
         if limits.check == "headers":
@@ -120,20 +119,6 @@ def _read(path: str, limits: Limits) -> bytes:
             return file.read()
     except OSError as error:
         raise ImageError(path, "cannot be read", error.strerror or str(error)) from error
-
-
-def _check_jpeg_end(data: bytes, name: str) -> None:
-    """Look for the end-of-image marker behind the first scan.
-
-    libjpeg takes a file whose rest is zeros, as an interrupted copy may leave it, and paints that part gray.
-    """
-    place = 2
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != _START_OF_SCAN:
-        fill = data[place + 1 : place + 2] == b"\xff"
-        place += 1 if fill else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    # From behind: it usually ends the file.
-    if data.rfind(_END_OF_IMAGE, place) < 0:
-        raise ImageError(name, "damaged", "no end-of-image marker: cut short, or its end overwritten")
 
 
 def _check_png_sums(data: bytes, name: str) -> None:
