@@ -125,6 +125,53 @@ def codec(result: dict[str, Any]) -> str:
     return section("Encoding and decoding", result, ratios, times)
 
 
+def sharding(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{r['min_s']:.1f}",
+            f"{r['mb_per_s']:.0f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['of_minima']:.2f}x",
+            f"{r['median_of_rounds']:.2f}x",
+            f"<= {result['demanded']:g}" if name == "headers" else "",
+        )
+        for name, r in result["rows"].items()
+    ]
+    title = f"{result['images']} JPEGs of 1024x768, {result['bytes'] / 1e6:.0f} MB, {result['workers']} workers"
+    titles = (title, "s, fastest", "MB/s", "images/s", "of tar + sha256sum", "median of rounds", "demanded")
+    return section("Sharding", result, table(titles, rows))
+
+
+def loader(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [
+        (
+            r["task"],
+            r["workers"],
+            f"{r['images_per_second']:.0f}",
+            f"{r['cpu_ms']:.2f}",
+            f"{r['per_core']:.2f}x",
+            f"{r['per_core_of_minima']:.2f}x",
+            f"{r['wall']:.2f}x",
+        )
+        for r in result["rows"]
+    ]
+    title = f"{s['images']} JPEGs of 1024x768, {s['mean_bytes'] / 1e3:.0f} kB on average, crop {s['crop']}"
+    titles = (title, "workers", "images/s", "CPU ms per image", "images per core", "of the fastest rounds", "images/s")
+    ratios = table(
+        ("", "measured", "demanded"),
+        [(name, f"{r['value']:.2f}", r["demanded"]) for name, r in result["ratios"].items()],
+    )
+    memory = ", ".join(f"{name.upper()} {mb:.0f} MB" for name, mb in result["memory_mb"].items())
+    resume = f"{result['resume']['beginning_ms']:.0f} ms and {result['resume']['middle_ms']:.0f} ms"
+    text = (
+        f"A worker's memory at its peak, with a shard of {s['shard_mib']} MiB: {memory}. From reading the index to the "
+        f"first batch, with two workers, at the beginning of an epoch and in the middle of one: {resume}."
+    )
+    return section("Loader beside the published data path", result, table(titles, rows), ratios, text)
+
+
 def sample_order(result: dict[str, Any]) -> str:
     s = result["settings"]
     rows = [(name, f"{1e3 * r['seconds']:.1f}", f"{r['mb']:.0f}") for name, r in result["rows"].items()]
@@ -151,6 +198,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": train_step,
     "profile_step": profile,
     "codec": codec,
+    "sharding": sharding,
+    "loader": loader,
     "sample_order": sample_order,
     "kernel_resources": resources,
 }

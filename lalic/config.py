@@ -115,6 +115,10 @@ class DataSection:
     max_bad: float = field(default=0.01, metadata=_MAY_CHANGE)
     """Share of samples that may turn out undecodable before the run stops."""
 
+    decoder: Literal["auto", "pillow"] = field(default="auto", metadata=_MAY_CHANGE)
+    """auto decodes only the part of a JPEG that a crop needs, where that can be done; pillow decodes whole images.
+    The pixels are the same."""
+
     val: str | None = field(default=None, metadata=_MAY_CHANGE)
     """Folder of images to validate on, or null for no validation."""
 

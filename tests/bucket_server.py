@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 KINDS = ("500", "503", "429", "cut", "short", "long", "drop", "slow")
 """What can go wrong and pass: statuses, a body cut in the middle, Content-Length too small or too large, a connection
@@ -184,4 +185,6 @@ def serve_s3(bucket: str = "photos") -> Iterator[str]:
         client.create_bucket(Bucket=bucket, ACL="public-read-write")
         yield endpoint
     finally:
+        # Servers of one process share their memory.
+        urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         server.stop()

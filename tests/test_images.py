@@ -112,6 +112,32 @@ def test_cmyk_jpeg():
     assert np.abs(decoded.astype(int) - [0, 255, 255]).max() <= 6
 
 
+@pytest.mark.parametrize("inks", [(0, 0, 0, 0), (255, 0, 0, 0), (0, 200, 90, 0), (30, 60, 90, 120), (0, 0, 0, 255)])
+def test_cmyk_without_a_profile(inks):
+    flat = np.broadcast_to(np.array(inks, np.uint8), (16, 16, 4))
+    data = encode(Image.fromarray(np.ascontiguousarray(flat), "CMYK"), "JPEG", quality=100)
+    expected = [(255 - ink) * (255 - inks[3]) / 255 for ink in inks[:3]]
+    assert np.abs(decode_rgb(data, "x") - expected).max() <= 2
+
+
+def test_an_icc_profile_changes_nothing():
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for kind, options in (("JPEG", {"quality": 90}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        plain = encode(Image.fromarray(RGB), kind, **options)
+        tagged = encode(Image.fromarray(RGB), kind, icc_profile=profile, **options)
+        assert Image.open(io.BytesIO(tagged)).info["icc_profile"] == profile
+        np.testing.assert_array_equal(decode_rgb(tagged, "x"), decode_rgb(plain, "x"))
+
+
+def test_the_first_frame_of_an_animation():
+    frames = [Image.fromarray(noise(8, 8, seed=i)) for i in range(3)]
+    for kind, options in (("WEBP", {"lossless": True}), ("PNG", {})):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        np.testing.assert_array_equal(decode_rgb(data, "x"), np.asarray(frames[0]))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     stored = noise(16, 24, seed=4)

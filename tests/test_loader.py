@@ -208,6 +208,40 @@ def first_samples(index: ShardIndex, count: int) -> list[int]:
     return eligible[EpochPlan(index.counts(eligible), 11, 4, 2).samples(0, count)].tolist()
 
 
+def test_the_stream_does_not_depend_on_the_decoder(shards):
+    assert stream(shards, decoder="pillow") == stream(shards)
+    # Neither do the verdicts: zeros in the middle, a bit, a lost piece, a lost end.
+    hurt = [
+        lambda data: data[: len(data) // 3] + bytes(len(data) // 3) + data[2 * (len(data) // 3) :],
+        lambda data: data[:-500] + bytes([data[-500] ^ 4]) + data[-499:],
+        lambda data: data[: len(data) // 2] + data[len(data) // 2 + 7 :] + bytes(7),
+        lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+    ]
+    for number, how in enumerate(hurt):
+        damage(shards, list(range(number, 37, 8)), how)
+    one = loader(shards, decoder="auto", max_bad=1.0)
+    other = loader(shards, decoder="pillow", max_bad=1.0)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["x"], b["x"]) and a["bad"] == b["bad"]
+    assert one.bad == other.bad > 0
+
+
+def test_crops_lie_as_the_model_takes_them(made):
+    """Channels last in memory, through the workers too: then nothing is transposed on the way to the device."""
+    for workers in (0, 1):
+        for batch in loader(made / "shards", num_steps=2, workers=workers):
+            assert batch["x"].shape == (12, 3, 64, 64)
+            assert batch["x"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pinned_batches_reach_the_device_as_they_are(made, workers):
+    for batch in loader(made / "shards", num_steps=3, workers=workers, pin_memory=True):
+        assert batch["x"].is_pinned() and batch["x"].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch["x"].to("cuda", non_blocking=True).cpu(), batch["x"])
+
+
 def test_no_bad_sample_allowed(shards):
     damage(shards, [1])
     with pytest.raises(LalicError, match=r"1 of \d+ samples could not be read, .* allowed share of 0"):
@@ -322,6 +356,7 @@ def test_crop_larger_than_all_names_the_largest(made):
         ({"rank": 2, "world_size": 2}, "rank 2 is not below"),
         ({"start_step": -1}, "out of range"),
         ({"max_bad": 1.5}, "share of bad samples is 1.5"),
+        ({"decoder": "fast"}, "decoder is 'fast', it must be auto or pillow"),
         ({"window": 0}, "window must be at least 1"),
         ({"seed": -1}, "seed must lie between"),
     ],

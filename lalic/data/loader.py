@@ -18,7 +18,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,12 +31,16 @@ from lalic.data.index import ShardIndex
 from lalic.data.order import EpochOrder
 from lalic.data.prefetch import Prefetch
 from lalic.data.reader import LocalReader, Reader
+from lalic.data.regions import Decoder, log_decoder
 from lalic.errors import LalicError
 
 logger = logging.getLogger("lalic.data")
 
 # The share of bad samples is taken of at least this many, so that one early bad sample does not stop a run.
 _LEAST_SEEN = 1000
+
+
+_OF_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def build_loader(
@@ -56,6 +60,7 @@ def build_loader(
     window: int = 16,
     flip: bool = False,
     max_bad: float = 0.01,
+    decoder: Decoder = "auto",
     pin_memory: bool = False,
 ) -> CropLoader:
     """A torch DataLoader over the micro-batches of steps start_step .. start_step + num_steps - 1 of one
@@ -73,11 +78,13 @@ def build_loader(
         window: shards that are shuffled into each other.
         flip: mirror half of the crops left to right.
         max_bad: largest share of replaced samples, counted over this loader's life and at least 1000 samples.
+        decoder: "auto" decodes only the needed region of a JPEG where that can be done, "pillow" decodes whole images;
+        the pixels are the same.
         pin_memory: put the batches in page-locked memory.
 
     Returns:
-        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB; "bad", how
-        many of them replace a bad sample; "positions", int64 (m,).
+        A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB, channels last
+        in memory; "bad", how many of them replace a bad sample; "positions", int64 (m,).
 
     Raises:
         LalicError: settings that do not fit each other, no image as large as the crop, a shard that is
@@ -93,6 +100,8 @@ def build_loader(
         raise LalicError(f"rank {rank} is not below the number of ranks, {world_size}")
     if not 0 <= max_bad <= 1:
         raise LalicError(f"the allowed share of bad samples is {max_bad}, it must lie between 0 and 1")
+    if decoder not in get_args(Decoder):
+        raise LalicError(f"the decoder is {decoder!r}, it must be {' or '.join(get_args(Decoder))}")
     if crop < 1 or start_step < 0 or num_steps < 0 or workers < 0:
         raise LalicError(f"crop {crop}, step {start_step}, {num_steps} steps, {workers} workers: out of range")
     eligible = eligible_samples(index, crop, log=rank == 0)
@@ -103,7 +112,9 @@ def build_loader(
     batches = MicroBatches(
         order, eligible, micro_batch, accumulation, rank, world_size, start_step, start_step + num_steps
     )
-    crops = ShardCrops(reader, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip)
+    if rank == 0:
+        log_decoder(decoder)
+    crops = ShardCrops(reader, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder)
     return CropLoader(crops, batches, reader=reader, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
 
 
@@ -185,7 +196,12 @@ class CropLoader(DataLoader[Any]):
         self._logged: set[int] = set()
 
     def __iter__(self) -> Any:
-        batches = super().__iter__()
+        # The workers are forked with the signals blocked, so none reaches them before they have arranged theirs.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         prefetch = self.batches.prefetch(self.reader.cache) if self.reader.cache is not None else None
         try:
             if prefetch is not None:
@@ -256,12 +272,11 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
     it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds.
     """
-    for stop in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for stop in _OF_THE_TRAINER - {signal.SIGTERM}:
         signal.signal(stop, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        # Blocked before the thread begins, so that it has the same mask and no other thread takes the signal.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        # SIGTERM stays blocked, in every thread, so that this thread alone takes it.
         threading.Thread(target=_end_at_request_of, args=(parent.pid,), daemon=True).start()
 
 

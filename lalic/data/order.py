@@ -98,6 +98,15 @@ def random_crop(seed: int, epoch: int, index: int, width: int, height: int, crop
     return Crop((across * (width - crop + 1)) >> 64, (down * (height - crop + 1)) >> 64, bool(mirror >> 63))
 
 
+def random_crops(seed: int, epoch: int, index: int, widths: list[int], heights: list[int], crop: int) -> list[Crop]:
+    """`random_crop` at index, index + 1, ... for images of these sizes, out of one generator."""
+    words = _words(seed, _CROPS, epoch, 4 * index, 4 * len(widths)).reshape(-1, 4).tolist()
+    return [
+        Crop((across * (width - crop + 1)) >> 64, (down * (height - crop + 1)) >> 64, bool(mirror >> 63))
+        for (across, down, mirror, _), width, height in zip(words, widths, heights, strict=True)
+    ]
+
+
 def replacement_word(seed: int, epoch: int, index: int, attempt: int) -> int:
     """64 random bits that choose the `attempt`-th (from 1) replacement of a bad sample."""
     generator = np.random.Philox(key=_key(seed, _CROPS, epoch), counter=(attempt << 64) + index)

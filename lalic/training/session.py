@@ -134,6 +134,7 @@ class Session:
                 window=data.window,
                 flip=data.flip,
                 max_bad=data.max_bad,
+                decoder=data.decoder,
                 pin_memory=self.accelerator.device.type == "cuda",
             ),
         )
