@@ -18,7 +18,6 @@ import asyncio
 import logging
 import os
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,6 +59,9 @@ T = TypeVar("T")
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
+# Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
+# inherited it does not have, one second for each, even in the thread that serves its own.
+_SYSTEMS: dict[tuple[Any, ...], Any] = {}
 # Of its own: the global generators belong to the training run.
 _JITTER = random.Random()
 
@@ -114,8 +116,6 @@ class Remote:
     """Whether names are percent-encoded already, as in a list of web addresses."""
     retries: int = field(default=0, init=False, compare=False)
     """Attempts beyond the first, of this object in this process."""
-    _systems: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].strip("/"):
@@ -134,11 +134,10 @@ class Remote:
     @property
     def filesystem(self) -> Any:
         """The fsspec file system of this process. Raises RemoteError when there is none for the scheme."""
-        with self._lock:
-            process = os.getpid()
-            if process not in self._systems:
-                self._systems[process] = _file_system(self.scheme, self.endpoint, self.patience)
-            return self._systems[process]
+        key = os.getpid(), self.scheme, self.endpoint, self.patience
+        found = _SYSTEMS.get(key)
+        # No lock, which another thread could hold at a fork: of two that are made at once one is dropped unused.
+        return found or _SYSTEMS.setdefault(key, _file_system(self.scheme, self.endpoint, self.patience))
 
     def url(self, name: str = "") -> str:
         """Where `name` lies."""

@@ -71,8 +71,13 @@ def serve(bucket: Bucket) -> Iterator[Bucket]:
         pass
 
     Handler.bucket = bucket
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        # With socketserver's 5, more clients at once are turned away and come again a second later.
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     bucket.url = f"http://127.0.0.1:{server.server_address[1]}"
