@@ -22,7 +22,8 @@ from lalic.errors import LalicError
 from .frozen import Manifest
 from .output import LocalFolder, OutputFolder
 from .parts import in_order
-from .places import output_folder
+from .places import readable_folder
+from .remote_output import ServedFolder
 from .report import Progress
 from .shard_check import ExpectedSample, ShardTask, check_shard
 from .workers import begin_worker
@@ -46,10 +47,12 @@ def check_shards(
 
     Raises LalicError when there is no index to check against.
     """
-    folder = output_folder(where, endpoint)
+    folder = readable_folder(where, endpoint)
     index, extensions = _load_index(folder)
     frozen = Manifest.load(manifest) if manifest is not None else None
     problems = _Problems()
+    if isinstance(folder, ServedFolder):
+        logger.info("%s cannot be listed: files that the index does not name are not looked for", where)
     problems.take(_unknown_files(folder, index))
     problems.take(_duplicated_keys(index))
     if frozen is not None:

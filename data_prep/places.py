@@ -10,7 +10,7 @@ from lalic.errors import LalicError
 from lalic.remote import is_url
 
 from .output import LocalFolder, OutputFolder
-from .remote_output import RemoteFolder
+from .remote_output import RemoteFolder, ServedFolder
 
 _READ_ONLY = frozenset({"http", "https", "zip", "tar", "github", "data"})
 
@@ -28,6 +28,13 @@ def output_folder(where: str | Path, endpoint: str | None = None) -> OutputFolde
     if scheme in _READ_ONLY:
         raise LalicError(f"--output {where}: {scheme}:// cannot be written to; use a folder or, for example, s3://")
     return RemoteFolder(str(where), endpoint)
+
+
+def readable_folder(where: str | Path, endpoint: str | None = None) -> OutputFolder:
+    """A folder of finished shards to read from; a web server's will do."""
+    if is_url(where) and str(where).partition("://")[0] in ("http", "https"):
+        return ServedFolder(str(where), endpoint)
+    return output_folder(where, endpoint)
 
 
 def output_file(where: str | Path, endpoint: str | None = None) -> tuple[OutputFolder, str]:

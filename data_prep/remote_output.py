@@ -156,6 +156,26 @@ class RemoteFolder(OutputFolder):
             self._sizes[folder][base] = size
 
 
+class ServedFolder(RemoteFolder):
+    """A folder behind a web server: its files are read by name, it can be neither listed nor written to."""
+
+    def __init__(self, url: str, endpoint: str | None = None) -> None:
+        super().__init__(url, endpoint)
+        self.remote = Remote(self.where, endpoint)  # nothing below tries again
+
+    def size(self, name: str) -> int | None:
+        try:
+            size = self.remote.info(name).size
+        except RemoteMissing:
+            return None
+        if size is None:
+            raise LalicError(f"{self.path(name)}: the server does not tell its size")
+        return size
+
+    def names(self, folder: str = "") -> list[str]:
+        return []
+
+
 class _Upload:
     """The file that a block writes into: errors in one line, and how much it was."""
 

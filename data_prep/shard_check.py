@@ -11,7 +11,7 @@ from lalic.data.images import MAX_PIXELS, ImageError, decode_rgb
 from lalic.errors import LalicError
 
 from .headers import upright_size
-from .places import output_folder
+from .places import readable_folder
 from .validation import image_extension
 from .writer import BLOCK, padded
 
@@ -60,7 +60,7 @@ def _problems(task: ShardTask) -> Iterator[str]:
         yield f"{what} has {task.size} bytes, the index says {task.indexed_size}"
     if not task.samples:
         yield "holds no sample by the index"
-    reader = _Reader(output_folder(task.where, task.endpoint).blocks(task.name))
+    reader = _Reader(readable_folder(task.where, task.endpoint).blocks(task.name))
     end = 0
     for sample in sorted(task.samples, key=lambda sample: sample.offset):
         header = sample.offset - BLOCK

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bucket_server import Bucket, Fault, serve
 from lalic.data_prep.checking import check_shards
 from lalic.data_prep.job import run_job
 from lalic.data_prep.verify import main
@@ -215,6 +216,21 @@ def test_extra_shards_and_leavings(shards, capsys):
             ".shard-000003.tar.123.tmp: left over by a run that did not end",
             "shard-000099.tar: is not in index.json",
         ]
+
+
+def test_behind_a_web_server(shards, capsys):
+    flip(shards / "shard-000002.tar", 600)
+    with serve(Bucket({f"s/{path.name}": path.read_bytes() for path in shards.iterdir() if path.is_file()})) as bucket:
+        bucket.files["s/shard-000001.tar"] = b""
+        del bucket.files["s/shard-000000.tar"]
+        bucket.faults = [Fault("500", times=2)]
+        for workers in ("0", "2"):
+            assert main([f"{bucket.url}/s", "--workers", workers]) == 1
+            lines = capsys.readouterr().out.splitlines()
+            assert {"shard-000000.tar: is missing", "shard-000001.tar: is empty"} <= {*lines}
+            assert "shard-000002.tar: sha256 is another than in the index: bytes were changed" in lines
+        with pytest.raises(LalicError, match=r"/t/index.json is missing"):
+            main([f"{bucket.url}/t"])
 
 
 def test_another_manifest(made, shards, tmp_path, capsys):
