@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from lalic.data.images import ImageError
 from lalic.data.order import Crop, random_crop, random_crops, replacement_word
@@ -56,7 +57,7 @@ class ShardCrops(Dataset[Any]):
     def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
         positions, samples = batch
         # Rows of pixels, as decoders write them and as the model takes them (channels last): nothing is transposed.
-        pixels = torch.empty((len(positions), self.crop, self.crop, 3), dtype=torch.uint8)
+        pixels = _new_batch((len(positions), self.crop, self.crop, 3))
         bad: list[tuple[int, str]] = []
         replaced = 0
         try:
@@ -69,7 +70,7 @@ class ShardCrops(Dataset[Any]):
         except LalicError as error:
             return Failure(str(error))
         x = pixels.permute(0, 3, 1, 2)
-        return {"x": x, "bad": replaced, "positions": torch.from_numpy(positions), "bad_samples": bad}
+        return {"x": x, "bad": replaced, "positions": positions, "bad_samples": bad}
 
     def _places(self, positions: np.ndarray, samples: np.ndarray) -> list[Crop]:
         """The crops at consecutive positions."""
@@ -127,3 +128,11 @@ class ShardCrops(Dataset[Any]):
             out.copy_(torch.from_numpy(np.ascontiguousarray(pixels)).flip(1))
         else:
             out.numpy()[...] = pixels
+
+
+def _new_batch(shape: tuple[int, ...]) -> torch.Tensor:
+    """Uninitialised bytes; in a worker in the shared memory through which torch hands them over, uncopied."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

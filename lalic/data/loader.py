@@ -210,6 +210,8 @@ class CropLoader(DataLoader[Any]):
                 if isinstance(batch, Failure):
                     raise LalicError(batch.message)
                 self._count(len(batch["x"]), batch["bad"], batch.pop("bad_samples"))
+                # Not as a tensor through the queue: every tensor costs a file descriptor and a handshake.
+                batch["positions"] = torch.from_numpy(batch["positions"])
                 if prefetch is not None:
                     prefetch.check()
                     prefetch.position = int(batch["positions"][0])
