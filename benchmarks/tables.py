@@ -125,6 +125,24 @@ def codec(result: dict[str, Any]) -> str:
     return section("Encoding and decoding", result, ratios, times)
 
 
+def sharding(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            name,
+            f"{r['min_s']:.1f}",
+            f"{r['mb_per_s']:.0f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['of_minima']:.2f}x",
+            f"{r['median_of_rounds']:.2f}x",
+            f"<= {result['demanded']:g}" if name == "headers" else "",
+        )
+        for name, r in result["rows"].items()
+    ]
+    title = f"{result['images']} JPEGs of 1024x768, {result['bytes'] / 1e6:.0f} MB, {result['workers']} workers"
+    titles = (title, "s, fastest", "MB/s", "images/s", "of tar + sha256sum", "median of rounds", "demanded")
+    return section("Sharding", result, table(titles, rows))
+
+
 def loader(result: dict[str, Any]) -> str:
     s = result["settings"]
     rows = [
@@ -180,6 +198,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": train_step,
     "profile_step": profile,
     "codec": codec,
+    "sharding": sharding,
     "loader": loader,
     "sample_order": sample_order,
     "kernel_resources": resources,

@@ -7,32 +7,34 @@ first N usable images of the input, although nothing is read twice.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lalic.data.index import INDEX_NAME, INDEX_VERSION
+from lalic.data.index import INDEX_NAME
 from lalic.errors import LalicError
-from lalic.files import atomic_open
 
-from .feed import Feed, candidate_order
+from .feed import Feed
+from .index_file import IndexedShard, write_index
+from .keys import free_key
+from .manifest import ShardSum, write_manifest
+from .opening import open_source
+from .output import LocalFolder, full_disk_in_one_line
+from .places import output_folder
 from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
-from .sources import Listing, list_inputs, make_keys
-from .state import JobState, ShardRecord
+from .sources import Cursor, Source
+from .state import STATE_FOLDER, JobState, ShardRecord
 from .validation import Checked, Limits, check_image
 from .workers import Workers
 from .writer import ShardWriter
 
 logger = logging.getLogger("lalic.data_prep")
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 # Part of job.json: raised when the same options would give other bytes than before.
 _FORMAT = 1
@@ -49,67 +51,93 @@ class Options:
     seed: int = 0
     prefix: str = "shard"
     keep_duplicates: bool = False
+    check: str = "full"
+    """Of CHECKS in validation.py."""
 
 
-def run_job(source: str | Path, output: str | Path, options: Options, *, workers: int) -> None:
-    """Shard `source` into the folder `output`, or finish what an earlier run began there.
+def run_job(
+    source: Source | str | Path | Sequence[str],
+    output: str | Path,
+    options: Options,
+    *,
+    workers: int,
+    manifest: str | Path | None = None,
+    endpoint: str | None = None,
+    scratch: str | Path | None = None,
+) -> None:
+    """Shard `source` into the folder or URL `output`, or finish what an earlier run began there.
 
+    `source` may be what `open_source` takes. `manifest`: also write the frozen manifest to this file or URL.
+    `endpoint`: of an S3-compatible server, for the output.
+    `scratch`: a folder of this machine for what was fetched and is in no shard yet; needed only when `output` is a URL.
     Raises LalicError for unusable input, an output folder of another job, or a full disk (what is done
     stays).
     """
-    output = Path(output)
-    listing = list_inputs(source)
-    for kind, count in listing.ignored.most_common():
-        logger.info("passed over: %d %s", count, kind)
-    job: dict[str, Any] = {
-        "format": _FORMAT,
-        "images": len(listing.paths),
-        "images_sha256": listing.fingerprint(),
-        **asdict(options),
-    }
-    check = partial(check_image, limits=Limits(options.min_side, options.max_pixels))
-    pool = Workers(check, workers)
+    folder = output_folder(output, endpoint)
+    limits = Limits(options.min_side, options.max_pixels, options.check)
+    if isinstance(source, (str, Path, Sequence)):
+        source = open_source(source, limits=limits)
+    _log_ignored(source)
+    job: dict[str, Any] = {"format": _FORMAT, **source.identity(), **asdict(options)}
+    check = partial(check_image, limits=limits)
+    # Decoding holds Python's lock for most of its time, reading and hashing let go of it.
+    pool = Workers(check, workers, threads=options.check == "headers")
     sharding = None
     try:
-        with JobState.open(output, job) as state:
-            sharding = Sharding(state, listing, options, pool)
+        with (
+            full_disk_in_one_line(
+                folder.where, lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe"
+            ),
+            JobState.open(folder, job) as state,
+            tempfile.TemporaryDirectory() as passing,
+        ):
+            if scratch is None:
+                scratch = folder.folder / STATE_FOLDER if isinstance(folder, LocalFolder) else passing
+            source.prepare(Path(scratch), options.limit, options.seed)
+            sharding = Sharding(state, source, options, pool)
             sharding.run()
-            sharding.finish(source)
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        safe = sharding.shards if sharding else 0
-        raise LalicError(
-            f"--output {output}: cannot be written on ({error.strerror}), {safe} finished shards are safe: "
-            "make room and run the same command again"
-        ) from error
+            source.close()
+            sharding.finish()
+            if manifest is not None:
+                sharding.freeze(manifest, endpoint)
     except KeyboardInterrupt:
         logger.info("finished shards are safe: run the same command again to go on")
         raise
     finally:
+        if sharding is not None:
+            sharding.feed.close()
         pool.close()
+    if source.count is None:
+        _log_ignored(source)
+
+
+def _log_ignored(source: Source) -> None:
+    for kind, count in source.ignored.most_common():
+        logger.info("passed over: %d %s", count, kind)
 
 
 class Sharding:
     """One run of a job."""
 
-    def __init__(self, state: JobState, listing: Listing, options: Options, pool: Workers) -> None:
-        self.state, self.options = state, options
-        self.paths, self.keys = listing.paths, make_keys(listing.paths)
-        self.order = candidate_order(len(listing.paths), options.limit, options.seed)
-        self.feed = Feed(pool, listing, self.order)
+    def __init__(self, state: JobState, source: Source, options: Options, pool: Workers) -> None:
+        self.state, self.source, self.options = state, source, options
+        self.feed = Feed(pool, source)
         self.left_out = LeftOut()
         self.kept = self.bytes = self.built = 0
         self.numbers = 0
         """Records in all; the last one may be without a shard."""
-        self.shards = 0
+        self.shards: list[ShardSum] = []
         self._key_of_digest: dict[bytes, str] = {}
+        self._keys: set[str] | None = set() if source.count is None else None
+        """Those that are taken, of a source that cannot know all its names beforehand."""
         self._began = time.monotonic()
 
     def run(self) -> None:
         """Take up what is finished and make what is not, up to the last shard."""
-        first = min(len(self.order), self.options.limit or len(self.order))
+        count, limit = self.source.count, self.options.limit
+        first = limit if count is None else min(count, limit or count)
         position = number = 0
+        cursor: Cursor | None = None
         with ExitStack() as stack:
             progress: Progress | None = None
             last = False
@@ -119,48 +147,54 @@ class Sharding:
                     if progress is None:
                         if number:
                             logger.info("going on after %d finished shards", number)
-                        progress = stack.enter_context(Progress(first, position))
-                    record = self._build(number, position, progress)
+                        progress = stack.enter_context(Progress(first, position, note=self.source.note))
+                    record = self._build(number, position, cursor, progress)
                     self.state.save(number, record)
+                    self.source.finished(record.stop)
                     self.built += 1
                 self._account(record)
-                position, last, number = record.stop, record.last, number + 1
+                position, cursor, last, number = record.stop, record.cursor, record.last, number + 1
         self.state.remove_from(number)
         self.numbers = number
 
-    def finish(self, source: str | Path) -> None:
+    def finish(self) -> None:
         """Write the list of what was left out, then the index, and say how it went."""
         output = self.state.output
-        index, table = output / INDEX_NAME, output / LEFT_OUT_NAME
-        if not self.built and table.exists() and self.state.is_complete(index):
-            print(f"{output}: complete before this run, {self._amount()}; nothing to do")
+        table = output.path(LEFT_OUT_NAME)
+        if not self.built and output.size(LEFT_OUT_NAME) is not None and self.state.is_complete(INDEX_NAME):
+            print(f"{output.where}: complete before this run, {self._amount()}; nothing to do")
             return
-        write_left_out(table, (row for record in self._records() for row in record.left_out))
+        write_left_out(output, (row for record in self._records() for row in record.left_out))
         if not self.kept:
             # Nothing is worth keeping: when the images have been mended, the same command begins anew.
             self.state.forget()
             raise LalicError(
-                f"--input {source}: no usable image among {len(self.paths)} ({self.left_out.summary()}); "
-                f"{table} lists them"
+                f"--input {self.source.label}: no usable image among {self.left_out.reasons.total()} "
+                f"({self.left_out.summary() or 'no file with an image as its suffix'}); {table} lists them"
             )
-        self._write_index(index)
-        self.state.complete(index)
+        write_index(output, self.options.prefix, self.options.seed, self.options.min_side, self._indexed())
+        self.state.complete(INDEX_NAME)
         if self.options.limit and self.kept < self.options.limit:
             logger.info("the input has only %d usable images, --limit asks for %d", self.kept, self.options.limit)
-        print(f"{output}: {self._amount()}; this run took {time.monotonic() - self._began:.1f} s")
+        print(f"{output.where}: {self._amount()}; this run took {time.monotonic() - self._began:.1f} s")
         if self.left_out.reasons:
             print(f"left out: {self.left_out.reasons.total()} images (each in {table})")
             print("\n".join(self.left_out.lines()))
 
-    def _build(self, number: int, start: int, progress: Progress) -> ShardRecord:
+    def freeze(self, manifest: str | Path, endpoint: str | None) -> None:
+        """Write the manifest of what is in the shards."""
+        digest = write_manifest(manifest, asdict(self.options), self.shards, self._records(), endpoint)
+        print(f"{manifest}: manifest of {self.kept} images, sha256 of its rows {digest}")
+
+    def _build(self, number: int, start: int, cursor: Cursor | None, progress: Progress) -> ShardRecord:
         """Make the shard that begins at place `start` of the order."""
-        record = ShardRecord(start, start)
-        self.feed.seek(start)
+        record = ShardRecord(start, start, cursor=cursor)
+        self.feed.seek(start, cursor)
         if self._next_usable(record, progress, 0) is None:
             record.last = True
             return record
         name = self.state.shard_name(number)
-        with atomic_open(self.state.output / name) as file:
+        with self.state.output.open(name) as file:
             writer = ShardWriter(file, name, self.options.shard_size)
             while not record.last:
                 checked = self._next_usable(record, progress, len(writer.samples))
@@ -169,14 +203,13 @@ class Sharding:
                 elif not writer.has_room(checked):
                     break
                 else:
-                    key = self.keys[self.feed.candidate()]
-                    writer.add(key, checked)
-                    self._key_of_digest[bytes.fromhex(checked.sha256)] = key
-                    self.feed.advance()
-                    record.stop = self.feed.position
+                    key = self._key()
+                    writer.add(key, checked, self.feed.candidate.name)
+                    self._note(key, checked.sha256)
+                    self._advance(record)
                     record.last = self.kept + len(writer.samples) == self.options.limit
             record.shard = writer.close()
-            progress.reach(record.stop, self.kept + len(writer.samples), self._left_out_with(record))
+            progress.reach(record.stop, **self._counts(record, len(writer.samples)))
         return record
 
     def _next_usable(self, record: ShardRecord, progress: Progress, samples: int) -> Checked | None:
@@ -187,24 +220,38 @@ class Sharding:
                 twin = self._key_of_digest.get(bytes.fromhex(checked.sha256))
                 if twin is not None:
                     reason, detail = "duplicate", f"same bytes as {twin}"
-            progress.reach(self.feed.position, self.kept + samples, self._left_out_with(record))
+            if not reason and not self._key():
+                reason, detail = "duplicate name", "its tar holds another image of that name before it"
+            progress.reach(self.feed.position, **self._counts(record, samples))
             if not reason:
                 return checked
-            record.left_out.append([self.paths[self.feed.candidate()], reason, detail])
-            self.feed.advance()
-            record.stop = self.feed.position
+            record.left_out.append([self.feed.candidate.name, reason, detail])
+            self._advance(record)
         return None
 
-    def _left_out_with(self, record: ShardRecord) -> int:
-        return self.left_out.reasons.total() + len(record.left_out)
+    def _advance(self, record: ShardRecord) -> None:
+        self.feed.advance()
+        record.stop, record.cursor = self.feed.position, self.feed.cursor
+
+    def _key(self) -> str:
+        """Of the next candidate; empty when there is none left for it."""
+        return free_key(self.feed.candidate.keys, self._keys or ()) or ""
+
+    def _note(self, key: str, sha256: str) -> None:
+        self._key_of_digest[bytes.fromhex(sha256)] = key
+        if self._keys is not None:
+            self._keys.add(key)
+
+    def _counts(self, record: ShardRecord, samples: int) -> dict[str, int]:
+        return {"kept": self.kept + samples, "left_out": self.left_out.reasons.total() + len(record.left_out)}
 
     def _account(self, record: ShardRecord) -> None:
         self.kept += len(record.samples)
         if record.shard is not None:
-            self.shards += 1
+            self.shards.append(ShardSum(record.shard["bytes"], record.shard["sha256"], len(record.samples)))
             self.bytes += record.shard["bytes"]
         for sample in record.samples:
-            self._key_of_digest[bytes.fromhex(sample["sha256"])] = sample["key"]
+            self._note(sample["key"], sample["sha256"])
         for path, reason, detail in record.left_out:
             self.left_out.add(path, reason, detail)
 
@@ -214,32 +261,17 @@ class Sharding:
             record = self.state.finished(number, position)
             if record is None:
                 raise LalicError(
-                    f"{self.state.output / self.state.shard_name(number)} was changed while this program "
+                    f"{self.state.output.path(self.state.shard_name(number))} was changed while this program "
                     "ran; run the same command again"
                 )
             position = record.stop
             yield record
 
-    def _write_index(self, path: Path) -> None:
-        """One line per sample, written as it goes: the index of a large job need not fit in memory."""
-        head = {"version": INDEX_VERSION, "prefix": self.options.prefix, "seed": self.options.seed}
-        with atomic_open(path, "w") as file:
-            file.write(json.dumps({**head, "min_side": self.options.min_side})[:-1] + ', "shards": [')
-            separator = "\n"
-            for record in self._records():
-                if record.shard is None:
-                    continue
-                shard = {name: record.shard[name] for name in ("name", "bytes", "sha256")}
-                file.write(separator + json.dumps(shard)[:-1] + ', "samples": [\n ')
-                file.write(",\n ".join(json.dumps(_indexed(sample)) for sample in record.samples))
-                file.write("\n]}")
-                separator = ",\n"
-            file.write("\n]}\n")
+    def _indexed(self) -> Iterator[IndexedShard]:
+        for record in self._records():
+            if record.shard is not None:
+                yield IndexedShard(**record.shard)
 
     def _amount(self) -> str:
-        shards = "1 shard" if self.shards == 1 else f"{self.shards} shards"
+        shards = "1 shard" if len(self.shards) == 1 else f"{len(self.shards)} shards"
         return f"{self.kept} images in {shards}, {self.bytes / 1e6:.1f} MB"
-
-
-def _indexed(sample: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in sample.items() if name != "sha256"}

@@ -7,13 +7,12 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from tqdm import tqdm
 
-from lalic.files import atomic_open
+from .output import OutputFolder
 
 LEFT_OUT_NAME = "left_out.csv"
 
@@ -25,16 +24,24 @@ logger = logging.getLogger("lalic.data_prep")
 class Progress:
     """A bar on a terminal, a line now and then in a log file."""
 
-    def __init__(self, total: int, done: int = 0) -> None:
+    def __init__(
+        self,
+        total: int | None,
+        done: int = 0,
+        what: str = "sharding",
+        unit: str = "images",
+        note: Callable[[], str] = str,
+    ) -> None:
+        """`total`: None when nobody knows; `note`: what else to say, empty for nothing."""
         self._bar = tqdm(
             total=total,
             initial=done,
-            unit="img",
-            desc="sharding",
+            unit=unit.removesuffix("s"),
+            desc=what,
             disable=not sys.stderr.isatty(),
             smoothing=0.1,
         )
-        self._total, self._done = total, done
+        self._total, self._done, self._unit, self._note = total, done, unit, note
         self._begun_at = done
         self._begun = self._logged = time.monotonic()
 
@@ -46,22 +53,31 @@ class Progress:
     ) -> None:
         self._bar.close()
 
-    def reach(self, done: int, kept: int, left_out: int) -> None:
-        """`done` candidates are dealt with, among them `left_out` unusable ones."""
-        if done > self._total:
+    def reach(self, done: int, **counts: int) -> None:
+        """`done` are dealt with; `counts`: what became of them."""
+        if self._total is not None and done > self._total:
             # Images beyond the limit stand in for unusable ones before it.
             self._total = self._bar.total = done
         self._bar.update(done - self._done)
-        self._bar.set_postfix(kept=kept, left_out=left_out, refresh=False)
+        if not self._bar.disable:
+            self._bar.set_postfix_str(
+                ", ".join([*(f"{k}={n}" for k, n in counts.items()), self._note()]), refresh=False
+            )
         self._done = done
         now = time.monotonic()
         if self._bar.disable and now - self._logged >= _LOG_EVERY:
             self._logged = now
             rate = (done - self._begun_at) / (now - self._begun)
+            became = "".join(f", {count} {name.replace('_', ' ')}" for name, count in counts.items())
+            note = f", {self._note()}" if self._note() else ""
+            if self._total is None:
+                logger.info("%d %s%s, %.0f %s/s%s", done, self._unit, became, rate, self._unit, note)
+                return
             left = (self._total - done) / rate if rate else float("inf")
             logger.info(
-                "%d of %d images, %d kept, %d left out, %.0f images/s, %s left",
-                *(done, self._total, kept, left_out, rate, tqdm.format_interval(left) if rate else "?"),
+                "%d of %d %s%s, %.0f %s/s%s, %s left",
+                *(done, self._total, self._unit, became, rate, self._unit, note),
+                tqdm.format_interval(left) if rate else "?",
             )
 
 
@@ -87,13 +103,17 @@ class LeftOut:
         return ", ".join(f"{count} {reason}" for reason, count in sorted(self.reasons.items()))
 
 
-def write_left_out(path: Path, rows: Iterable[list[str]]) -> None:
+def write_left_out(output: OutputFolder, rows: Iterable[list[str]]) -> None:
     """Write the table of path, reason and detail, atomically."""
-    with atomic_open(path, "w") as file:
+    write_table(output, LEFT_OUT_NAME, ["path", "reason", "detail"], rows)
+
+
+def write_table(output: OutputFolder, name: str, titles: list[str], rows: Iterable[list[str]]) -> None:
+    """Write a CSV file, atomically."""
+    with output.open_text(name) as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["path", "reason", "detail"])
-        for path_, reason, detail in rows:
-            table.writerow([printable(path_), reason, detail])
+        table.writerow(titles)
+        table.writerows([printable(cell) for cell in row] for row in rows)
 
 
 def printable(path: str) -> str:

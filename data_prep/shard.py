@@ -1,5 +1,4 @@
-"""`python data_prep/shard.py --input DIR_OR_LIST --output shards/`: photographs to WebDataset tars +
-index.json.
+"""`python data_prep/shard.py --input INPUT --output shards/`: photographs to WebDataset tars + index.json.
 
 Every image is decoded fully before it is taken; its bytes go into the tar unchanged. The same input and the
 same options give the same bytes, whatever the number of workers. Stopped at any point and run again, it

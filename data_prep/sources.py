@@ -1,122 +1,110 @@
-"""Where the images come from: a folder, or a list of paths. And what each image is called in the shards."""
+"""Where the images come from, in one form for all: candidates in a fixed order, with names and keys.
+
+    folder    of this machine                                     files.LocalFiles
+    list      paths, URLs or OpenImages ids, a line each, or CSV  lists -> files.LocalFiles, remote_files.RemoteFiles
+    bucket    s3://bucket/train/, whatever can be listed          remote_files.RemoteFiles
+    tars      x.tar, y.tar.gz, here or elsewhere                  tars.Tars
+
+`opening.open_source` tells which it is.
+"""
 
 from __future__ import annotations
 
-import codecs
-import hashlib
-import os
-import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from lalic.data.images import suffix_of, walk_files
-from lalic.errors import LalicError
+from .validation import Checked
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
-# A key with its longest ending has to fit a plain tar header's 100 bytes.
-_LONGEST_BASE = 75
-_NOT_IN_KEYS = re.compile(r"[^A-Za-z0-9_/-]")
+Cursor = dict[str, Any]
+"""Where a source goes on; plain JSON, kept in the record of a finished shard."""
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The candidates of a job, in input order."""
+class Candidate:
+    """One thing that may become a sample."""
 
-    root: Path
-    paths: list[str]
-    """Relative to `root`, with '/'. Nothing of the job's result depends on where `root` is."""
-    ignored: Counter[str] = field(default_factory=Counter)
-    """What was passed over without a look, by kind."""
-
-    def fingerprint(self) -> str:
-        """SHA-256 of the candidates' paths and their order."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            digest.update(os.fsencode(path) + b"\0")
-        return digest.hexdigest()
-
-
-def list_inputs(source: str | Path) -> Listing:
-    """List the images of a folder (sorted by path) or of a text file (in its order).
-
-    Raises LalicError when `source` is missing, is something else, or names no image at all.
-    """
-    path = Path(source)
-    if path.is_dir():
-        listing = _list_folder(path)
-        kinds = f"no file with the suffix {', '.join(sorted(SUFFIXES))}"
-    elif path.is_file():
-        listing = _list_file(path)
-        kinds = "no path in it"
-    else:
-        raise LalicError(f"--input {source}: no such folder or list of paths")
-    if not listing.paths:
-        raise LalicError(f"--input {source}: no image to take, {kinds}")
-    return listing
+    name: str
+    """Relative to the source, with '/'; in left_out.csv, and what the key is made of."""
+    keys: tuple[str, ...]
+    """What the sample is called: the first that no sample before it has. When all are taken, it is left out."""
+    path: str = ""
+    """A file of this machine that holds the bytes, unless `data` does."""
+    data: bytes | None = None
+    outcome: Checked | None = None
+    """Set when there are no bytes to check: why it is left out."""
+    error: Exception | None = None
+    """What ends the job when it comes to this place, and not earlier: a tar that is damaged from here on."""
+    cursor: Cursor | None = None
+    """For `Source.candidates`, to go on behind this candidate."""
 
 
-def make_keys(paths: Sequence[str]) -> list[str]:
-    """A unique key for every path: the path without its suffix, in letters, digits, '_', '-' and '/'.
+class Source(Protocol):
+    """The candidates of a job. Nothing of the result depends on where the source lies or how it is reached."""
 
-    WebDataset cuts a name at its first dot and skips names that begin with two underscores. A path that holds
-    other characters, is too long, or would share its key with another one, gets the first digits of its own
-    SHA-256 behind the key. So a key depends on the path, and on no more than the set of paths.
-    """
-    bases = [_key_base(path) for path in paths]
-    uses = Counter(base for base, _ in bases)
-    keys = [
-        base if exact and uses[base] == 1 else f"{base}-{_path_digest(path, 8)}"
-        for path, (base, exact) in zip(paths, bases, strict=True)
-    ]
-    uses = Counter(keys)
-    if len(uses) < len(keys):
-        keys = [
-            key if uses[key] == 1 else f"{base}-{_path_digest(path, 16)}"
-            for path, key, (base, _) in zip(paths, keys, bases, strict=True)
-        ]
-    return keys
+    label: str
+    """For messages: what --input named."""
+    count: int | None
+    """Number of candidates; None for tars, which tell at their end."""
+    ignored: Counter[str]
+    """What is passed over without a look, by kind; for tars it grows while they are read."""
 
+    def identity(self) -> dict[str, Any]:
+        """What job.json holds of the input: equal for two sources exactly if a job may go on with the other."""
+        ...
 
-def _key_base(path: str) -> tuple[str, bool]:
-    """The readable part of the key, and whether it is the path's stem unchanged."""
-    stem = os.path.splitext(path)[0]
-    base = _NOT_IN_KEYS.sub("_", stem)[-_LONGEST_BASE:].lstrip("_/") or "image"
-    return base, base == stem
+    def prepare(self, scratch: Path, limit: int | None, seed: int) -> None:
+        """Call before `candidates`. `scratch`: a folder of this machine that survives a kill; the source may keep in
+        it what it would not like to fetch again. With `limit` and `seed` the order is fixed.
+        """
+        ...
 
+    def candidates(self, position: int, cursor: Cursor | None) -> Generator[Candidate, None, None]:
+        """Yield the candidates from place `position` of the job's order on. Closing it ends what is under way.
 
-def _path_digest(path: str, digits: int) -> str:
-    return hashlib.sha256(os.fsencode(path)).hexdigest()[:digits]
+        `cursor`: that of the candidate before `position`; None at the beginning.
+        """
+        ...
 
+    def second_look(self, candidate: Candidate, checked: Checked) -> Candidate | None:
+        """The candidate once more, when it may look better then: bytes from elsewhere can be damaged on their way."""
+        ...
 
-def _list_folder(root: Path) -> Listing:
-    paths = []
-    ignored: Counter[str] = Counter()
-    for path in walk_files(root):
-        suffix = suffix_of(path)
-        if suffix in SUFFIXES:
-            paths.append(path)
-        else:
-            ignored[f"{suffix} files" if suffix else "files without a suffix"] += 1
-    # By bytes: the same order in every locale.
-    return Listing(root, sorted(paths, key=os.fsencode), ignored)
+    def finished(self, position: int) -> None:
+        """A shard that ends before `position` is recorded: what lies before is not asked for again."""
+        ...
 
+    def close(self) -> None:
+        """All is done: remove what is left in the scratch folder."""
+        ...
 
-def _list_file(path: Path) -> Listing:
-    if suffix_of(path.name) in SUFFIXES:
-        raise LalicError(f"--input {path}: is one image; give a folder, or a text file with one path per line")
-    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-    if b"\0" in data:
-        raise LalicError(f"--input {path}: is not a text file with one path per line")
-    lines = (os.fsdecode(line.rstrip(b"\r")) for line in data.split(b"\n"))
-    entries = [line for line in lines if line.strip() and not line.startswith("#")]
-    if not entries:
-        return Listing(path.parent, [])
-    here = os.path.abspath(path.parent)
-    full = [os.path.normpath(os.path.join(here, entry)) for entry in entries]
-    once = list(dict.fromkeys(full))
-    root = os.path.commonpath([os.path.dirname(name) for name in once])
-    ignored = Counter({"paths listed before": len(full) - len(once)} if len(once) < len(full) else {})
-    return Listing(Path(root), [os.path.relpath(name, root) for name in once], ignored)
+    def note(self) -> str:
+        """For the progress line: what went over the network, such as `12.1 MB/s, 3 retries`; empty if nothing."""
+        ...
+
+    readers: int
+    """Threads with which `find` reads files of this machine."""
+
+    looks: int
+    """How often to call `find` for what is still wanted: bytes from elsewhere can be damaged on their way."""
+
+    def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield (key, bytes) of the samples that are wanted, in the source's own best order, fetched ahead.
+
+        Those that cannot be had do not come. Bytes are as they lie, unchecked. From tars one key may come
+        several times with different bytes (names that share a key): the sum decides which is meant.
+
+        Raises LalicError when the source fails.
+        """
+        ...
+
+    def find_others(self, sizes: Collection[int]) -> Iterator[tuple[str, bytes]]:
+        """Yield the files of one of these sizes, whatever they are called: images may have been renamed.
+
+        Nothing from places where that would be dear.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""Is this file an image that can be trained on? Runs in worker processes."""
+"""Is this an image that can be trained on? Runs in worker processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import os
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
+from typing import NamedTuple
 
 from PIL import Image
 
 from lalic.data.images import ImageError, decode_rgb, describe_error
 from lalic.data.jpeg import check_end
 from lalic.errors import LalicError
+
+from .headers import upright_size
+
+CHECKS = ("full", "headers")
+"""full: all of the image is decoded. headers: kind, size and orientation, a JPEG's end, a PNG's sums."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -23,6 +29,15 @@ class Limits:
 
     min_side: int
     max_pixels: int
+    check: str = "full"
+
+
+class File(NamedTuple):
+    """What is to be checked: the file at `path`, or `data` itself."""
+
+    name: str
+    path: str = ""
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -38,30 +53,46 @@ class Checked:
     detail: str = ""
 
 
-def check_image(path: str, limits: Limits) -> Checked:
+def check_image(file: File, limits: Limits) -> Checked:
     """Read the file and decode all of it. Width and height are those of the upright image.
 
+    Where the bytes were given, they are not given back: whoever has them need not get them from another process.
     Raises LalicError only when the machine, not the image, is at fault.
     """
+    name = file.path or file.name
     try:
-        data = _read(path, limits)
-        extension = image_extension(data, path)
+        data = _read(file.path, limits) if file.data is None else file.data
+        extension = image_extension(data, name)
         if extension == "jpg":
-            check_end(data, path)
+            check_end(data, name)
         if extension == "png":
-            _check_png_sums(data, path)
-        height, width, _ = decode_rgb(data, path, max_pixels=limits.max_pixels).shape
+            _check_png_sums(data, name)
+        if limits.check == "headers":
+            width, height = upright_size(data, extension, name, limits.max_pixels)
+        else:
+            height, width, _ = decode_rgb(data, name, max_pixels=limits.max_pixels).shape
         if min(width, height) < limits.min_side:
             detail = f"{width}x{height}, shorter side below {limits.min_side}"
-            raise ImageError(path, "too small", detail)
+            raise ImageError(name, "too small", detail)
     except ImageError as error:
         return Checked(reason=error.reason, detail=error.detail)
     except MemoryError as error:
         # Leaving the image out would make the result depend on the machine.
         raise LalicError(
-            f"{path}: not enough memory to decode it; use fewer --workers or a lower --max-pixels"
+            f"{name}: not enough memory to decode it; use fewer --workers or a lower --max-pixels"
         ) from error
-    return Checked(data, extension, hashlib.sha256(data).hexdigest(), width, height)
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Checked(data if file.data is None else b"", extension, sha256, width, height)
+
+
+def most_bytes(limits: Limits) -> int:
+    """No image within the limit needs more: 16 bits in four channels, uncompressed, and 16 MiB of metadata."""
+    return 8 * limits.max_pixels + (16 << 20)
+
+
+def too_large(size: int, most: int) -> Checked:
+    """The outcome for a file that is not worth reading."""
+    return Checked(reason="file too large", detail=f"{size} bytes, at most {most} for --max-pixels")
 
 
 def image_extension(data: bytes, name: str) -> str:
@@ -78,13 +109,13 @@ def image_extension(data: bytes, name: str) -> str:
 
 
 def _read(path: str, limits: Limits) -> bytes:
-    # No image within the limit needs more: 16 bits in four channels, uncompressed, and 16 MiB of metadata.
-    most = 8 * limits.max_pixels + (16 << 20)
+    most = most_bytes(limits)
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
-                raise ImageError(path, "file too large", f"{size} bytes, at most {most} for --max-pixels")
+                large = too_large(size, most)
+                raise ImageError(path, large.reason, large.detail)
             return file.read()
     except OSError as error:
         raise ImageError(path, "cannot be read", error.strerror or str(error)) from error

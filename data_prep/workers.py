@@ -10,52 +10,63 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lalic.errors import LalicError
 
 from .validation import Checked
 
-Check = Callable[[str], Checked]
+Check = Callable[[Any], Checked]
 
 # Files per process that are read ahead: enough to ride over one slow file, few enough to hold their bytes.
 _AHEAD = 8
+# Of files that are given as bytes, no more than this besides.
+_MOST_BYTES = 256 << 20
 
 
 class _Task(NamedTuple):
-    path: str
-    future: Future[Checked] | None
-    pool: ProcessPoolExecutor | None
+    item: Any
+    future: Future[Checked] | None = None
+    pool: Executor | None = None
 
 
 class Workers:
-    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process."""
+    """A pool of processes for `check`, which must be picklable. `count` 0: everything in this process.
 
-    def __init__(self, check: Check, count: int) -> None:
-        self.check, self.count = check, count
-        self._pool: ProcessPoolExecutor | None = None
+    `threads`: threads instead, for a check that leaves Python's lock alone for most of its time; no bytes have to go
+    through a pipe then, but a crash of the decoder ends the program.
+    """
+
+    def __init__(self, check: Check, count: int, threads: bool = False) -> None:
+        self.check, self.count, self.threads = check, count, threads
+        self._pool: Executor | None = None
         self._single: ProcessPoolExecutor | None = None
         """One process, for the files that were under way when the pool broke."""
 
-    def stream(self, paths: Iterable[str]) -> Generator[Checked, None, None]:
-        """Yield `check(path)` for every path, in order."""
+    def stream(self, items: Iterable[Any]) -> Generator[Checked, None, None]:
+        """Yield `check(item)` for every item, in order. An item that is an outcome already passes through."""
         if not self.count:
-            yield from map(self.check, paths)
+            for item in items:
+                yield item if isinstance(item, Checked) else self.check(item)
             return
         waiting: deque[_Task] = deque()
-        remaining = iter(paths)
+        held = 0
+        remaining = iter(items)
         try:
             while True:
-                for path in remaining:
-                    waiting.append(self._submit(path))
-                    if len(waiting) > self.count * _AHEAD:
+                for item in remaining:
+                    waiting.append(self._submit(item))
+                    held += _held(item)
+                    if len(waiting) > self.count * _AHEAD or held > _MOST_BYTES:
                         break
                 if not waiting:
                     return
-                yield self._result(waiting.popleft())
+                task = waiting.popleft()
+                held -= _held(task.item)
+                yield self._result(task)
         finally:
             for task in waiting:
                 if task.future:
@@ -73,16 +84,20 @@ class Workers:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
-    def _submit(self, path: str) -> _Task:
+    def _submit(self, item: Any) -> _Task:
+        if isinstance(item, Checked):
+            return _Task(item)
         if self._pool is None:
-            self._pool = _new_pool(self.count)
+            self._pool = ThreadPoolExecutor(self.count) if self.threads else _new_pool(self.count)
         try:
-            return _Task(path, self._pool.submit(self.check, path), self._pool)
+            return _Task(item, self._pool.submit(self.check, item), self._pool)
         except BrokenProcessPool:
             self._close_pool()
-            return _Task(path, None, None)
+            return _Task(item)
 
     def _result(self, task: _Task) -> Checked:
+        if isinstance(task.item, Checked):
+            return task.item
         if task.future is not None:
             try:
                 return task.future.result()
@@ -90,14 +105,14 @@ class Workers:
                 # Every task of that pool ends here; by the second one, a new pool is at work.
                 if self._pool is task.pool:
                     self._close_pool()
-        return self._check_alone(task.path)
+        return self._check_alone(task.item)
 
-    def _check_alone(self, path: str) -> Checked:
+    def _check_alone(self, item: Any) -> Checked:
         """Check one file with nothing beside it: if the process dies again, the file is the cause."""
         if self._single is None:
             self._single = _new_pool(1)
         try:
-            return self._single.submit(self.check, path).result()
+            return self._single.submit(self.check, item).result()
         except BrokenProcessPool:
             self._single = _new_pool(1)
         try:
@@ -109,13 +124,18 @@ class Workers:
         return Checked(reason="crashes the decoder")
 
 
+def _held(item: Any) -> int:
+    """Bytes that an item holds while it waits."""
+    return len(getattr(item, "data", None) or b"")
+
+
 def _new_pool(count: int) -> ProcessPoolExecutor:
     # Fresh processes rather than forks: a fork would copy the locks of the progress bar's thread as they are.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, mp_context=context, initializer=_begin_worker)
+    return ProcessPoolExecutor(count, mp_context=context, initializer=begin_worker)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
     # Ctrl-C reaches the whole terminal; the parent alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -11,6 +11,7 @@ from lalic.errors import fail, run_main
 
 COMMANDS = {
     "shard": ("lalic.data_prep.shard", "turn folders of photographs into WebDataset shards"),
+    "check-shards": ("lalic.data_prep.verify", "check shards against their index.json"),
     "train": ("lalic.train", "train in this one process (use `accelerate launch -m lalic.train` for more)"),
     "export": ("lalic.export", "write the release bundle of a run"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
@@ -41,5 +42,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<11} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items()]
     return "usage: lalic COMMAND [...]   (lalic COMMAND --help)\n\n" + "\n".join(lines)

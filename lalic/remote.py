@@ -18,18 +18,39 @@ import asyncio
 import logging
 import os
 import random
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import fsspec
-from fsspec.asyn import sync
 
-from lalic.errors import LalicError
+from lalic.remote_reading import (
+    Fetched,
+    NoRanges,
+    RemoteError,
+    RemoteMissing,
+    RemoteRefused,
+    RemoteTooLarge,
+    WrongSum,
+    read,
+)
+from lalic.remote_sums import agrees, server_sum
+
+__all__ = [
+    "Fetched",
+    "Info",
+    "Patience",
+    "Remote",
+    "RemoteError",
+    "RemoteMissing",
+    "RemoteRefused",
+    "RemoteTooLarge",
+    "is_url",
+    "join_url",
+]
 
 logger = logging.getLogger("lalic.remote")
 
@@ -38,20 +59,11 @@ T = TypeVar("T")
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
+# Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
+# inherited it does not have, one second for each, even in the thread that serves its own.
+_SYSTEMS: dict[tuple[Any, ...], Any] = {}
 # Of its own: the global generators belong to the training run.
 _JITTER = random.Random()
-
-
-class RemoteError(LalicError):
-    """Something elsewhere that cannot be had: refused, or still failing after all attempts."""
-
-
-class RemoteMissing(RemoteError):
-    """There is no such file."""
-
-
-class RemoteRefused(RemoteError):
-    """Access is refused; public S3 buckets that may not be listed say so of missing files too."""
 
 
 class Info(NamedTuple):
@@ -100,15 +112,17 @@ class Remote:
     endpoint: str | None = None
     """Of an S3-compatible server, such as http://127.0.0.1:9000; None: Amazon's, or AWS_ENDPOINT_URL."""
     patience: Patience = Patience()
-    _systems: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    encoded: bool = False
+    """Whether names are percent-encoded already, as in a list of web addresses."""
+    retries: int = field(default=0, init=False, compare=False)
+    """Attempts beyond the first, of this object in this process."""
 
     def __post_init__(self) -> None:
         if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].strip("/"):
             raise RemoteError(f"{self.root}: names no server or bucket")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"root": self.root, "endpoint": self.endpoint, "patience": self.patience}
+        return {name: getattr(self, name) for name in ("root", "endpoint", "patience", "encoded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -120,15 +134,16 @@ class Remote:
     @property
     def filesystem(self) -> Any:
         """The fsspec file system of this process. Raises RemoteError when there is none for the scheme."""
-        with self._lock:
-            process = os.getpid()
-            if process not in self._systems:
-                self._systems[process] = _file_system(self.scheme, self.endpoint, self.patience)
-            return self._systems[process]
+        key = os.getpid(), self.scheme, self.endpoint, self.patience
+        found = _SYSTEMS.get(key)
+        # No lock, which another thread could hold at a fork: of two that are made at once one is dropped unused.
+        return found or _SYSTEMS.setdefault(key, _file_system(self.scheme, self.endpoint, self.patience))
 
     def url(self, name: str = "") -> str:
         """Where `name` lies."""
-        return join_url(self.root, name) if name else self.root
+        if not name:
+            return self.root
+        return f"{self.root.rstrip('/')}/{name}" if self.encoded else join_url(self.root, name)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """The file's bytes, or those from `start` to before `stop` (both or none given).
@@ -138,7 +153,56 @@ class Remote:
             RemoteError: refused, ranges not supported, or failing after all attempts.
         """
         url = self.url(name)
-        return self.patiently(lambda: _read(self.filesystem, url, start, stop), f"{url}")
+        return self.patiently(lambda: read(self.filesystem, url, start, stop).data, url)
+
+    def fetch(self, name: str, *, most: int | None = None, sums: bool = True) -> Fetched:
+        """The whole file, compared (with `sums`) with the sum that its server gives, if it gives one.
+
+        Raises as `read`, and RemoteTooLarge above `most` bytes, before they are read where the server says so.
+        """
+        url = self.url(name)
+
+        def ask() -> Fetched:
+            found = read(self.filesystem, url, None, None, most)
+            expected = server_sum(found.headers, s3=self.scheme in _S3) if sums else None
+            if expected is not None and not agrees(found.data, expected):
+                raise WrongSum(f"the bytes do not have the {expected.algorithm} that the server gives")
+            return found
+
+        return self.patiently(ask, url)
+
+    def list(self) -> Iterator[str]:
+        """Yield the names of all files below the root, in no particular order.
+
+        Raises RemoteError where there is no listing (HTTP has none), or it is refused.
+        """
+        if self.scheme in _HTTP:
+            raise RemoteError(f"{self.root}: a web server cannot be listed; give a list of the files instead")
+        if self.scheme in _S3:
+            yield from self._list_s3()
+            return
+        top = self.filesystem._strip_protocol(self.root).rstrip("/")
+        for path in self.patiently(lambda: self.filesystem.find(top), self.root):
+            yield path[len(top) :].lstrip("/")
+
+    def _list_s3(self) -> Iterator[str]:
+        """Page by page: fsspec's own listing keeps a dictionary per file."""
+        bucket, _, prefix = self.root.partition("://")[2].partition("/")
+        prefix = prefix.rstrip("/") + "/" if prefix.strip("/") else ""
+        more: dict[str, str] = {}
+
+        def ask() -> dict[str, Any]:
+            page: dict[str, Any] = self.filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **more)
+            return page
+
+        while True:
+            page = self.patiently(ask, self.root)
+            for entry in page.get("Contents", ()):
+                if not entry["Key"].endswith("/"):
+                    yield entry["Key"][len(prefix) :]
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
 
     def info(self, name: str) -> Info:
         """Size and version of a file. Raises as `read`."""
@@ -177,44 +241,11 @@ class Remote:
                         "up, then run the same command again"
                     ) from error
                 delay = self.patience.delay(attempt, _retry_after(error))
+                self.retries += 1
                 level = logging.WARNING if attempt == 4 else logging.DEBUG
                 logger.log(level, "%s: %s; attempt %d in %.1f s", what, _reason(error), attempt + 1, delay)
                 time.sleep(delay)
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-class _Short(OSError):
-    """A body of another length than asked for."""
-
-
-class _NoRanges(Exception):
-    """The server sends whole files only."""
-
-
-def _read(system: Any, url: str, start: int | None, stop: int | None) -> bytes:
-    wanted = None if start is None or stop is None else stop - start
-    if wanted == 0:
-        return b""
-    if "http" in system.protocol:
-        data = sync(system.loop, _read_http, system, url, start, stop)
-    else:
-        data = system.cat_file(url, start=start, end=stop)
-    if wanted is not None and len(data) != wanted:
-        raise _Short(f"{len(data)} bytes came where {wanted} were asked for")
-    return data
-
-
-async def _read_http(system: Any, url: str, start: int | None, stop: int | None) -> bytes:
-    """As fsspec's HTTP does it, but it notices a server that answers a range with the whole file."""
-    headers = {"Accept-Encoding": "identity"}
-    if start is not None and stop is not None:
-        headers["Range"] = f"bytes={start}-{stop - 1}"
-    session = await system.set_session()
-    async with session.get(system.encode_url(url), headers=headers) as answer:
-        answer.raise_for_status()
-        if "Range" in headers and answer.status != 206:
-            raise _NoRanges
-        return await answer.read()
 
 
 def _file_system(scheme: str, endpoint: str | None, patience: Patience) -> Any:
@@ -268,7 +299,7 @@ def _refusal(error: Exception, what: str) -> RemoteError | None:
         return RemoteMissing(f"{what}: there is no such file")
     if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
         return RemoteRefused(f"{what}: access is refused; is it public, are the credentials right?")
-    if isinstance(error, _NoRanges):
+    if isinstance(error, NoRanges):
         return RemoteError(f"{what}: the server does not send parts of files (HTTP ranges); copy the files first")
     if isinstance(status, int) and status not in _STUMBLES:
         return RemoteError(f"{what}: {_reason(error)}")

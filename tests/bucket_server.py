@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 KINDS = ("500", "503", "429", "cut", "short", "long", "drop", "slow")
 """What can go wrong and pass: statuses, a body cut in the middle, Content-Length too small or too large, a connection
@@ -70,8 +71,13 @@ def serve(bucket: Bucket) -> Iterator[Bucket]:
         pass
 
     Handler.bucket = bucket
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        # With socketserver's 5, more clients at once are turned away and come again a second later.
+        request_queue_size = 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     bucket.url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -179,4 +185,6 @@ def serve_s3(bucket: str = "photos") -> Iterator[str]:
         client.create_bucket(Bucket=bucket, ACL="public-read-write")
         yield endpoint
     finally:
+        # Servers of one process share their memory.
+        urlopen(Request(f"{endpoint}/moto-api/reset", method="POST")).close()
         server.stop()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from lalic.kernels import backend, builder, cli, cuda_builder
 
+from lalic.data import jpeg_cut
 from lalic.errors import LalicError
 
 # A source that compiles in a second, so that these tests are about the builder.
@@ -203,8 +204,9 @@ def test_every_source_is_in_the_cache_key() -> None:
     """A header that is not hashed would leave old libraries in use."""
     files = {path.name for path in builder.SOURCE_FOLDER.iterdir() if path.suffix in (".cpp", ".h", ".cu", ".cuh")}
     cpu, cuda = builder.cpu_recipe().sources, cuda_builder.recipe(cuda_builder.SUPPORTED).sources
-    assert files == {*cpu, *cuda}
-    for sources in (cpu, cuda):
+    jpeg = jpeg_cut.recipe().sources
+    assert files == {*cpu, *cuda, *jpeg}
+    for sources in (cpu, cuda, jpeg):
         text = "".join((builder.SOURCE_FOLDER / name).read_text() for name in sources)
         assert {*re.findall(r'#include "(\w+\.\w+)"', text)} <= {*sources}
 

@@ -148,6 +148,14 @@ def test_windows_say_which_shards_come_next():
         found = [next(ahead).tolist() for _ in expected[first:]]
         assert found == expected[first:]
         assert shards[order.samples(position, position + 1)[0]] in found[0]
+        for stop in (position, position + 1, position + 20, 3 * len(shards)):
+            places = range(position, stop)
+            needed = [{int(shards[order.samples(p, p + 1)[0]])} for p in places]
+            windows = [set(group.tolist()) for group in order.windows_from(position, stop)]
+            assert set().union(*needed) <= set().union(*windows)
+            # The last window is needed, and the one after it would not be.
+            assert not needed or needed[-1] <= windows[-1]
+            assert bool(windows) == bool(needed)
 
 
 @pytest.mark.parametrize("seed, epoch, window", [(-1, 0, 1), (1 << 64, 0, 1), (0, -1, 1), (0, 1 << 48, 1), (0, 0, 0)])

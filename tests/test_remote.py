@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import random
+import time
 
 import pytest
 from bucket_server import KINDS, Bucket, Fault, serve, serve_s3
@@ -150,3 +152,19 @@ def test_names():
     assert is_url("s3://bucket/x") and is_url("https://a/b") and not is_url("/a/b") and not is_url("a://b://"[:1])
     assert join_url("s3://b/", "a b?.tar") == "s3://b/a b?.tar"
     assert join_url("https://h/x", "a b?.tar") == "https://h/x/a%20b%3F.tar"
+
+
+def _collect_and_read(remote: Remote) -> float:
+    began = time.monotonic()
+    gc.collect()
+    _read_a(remote)
+    gc.collect()
+    return time.monotonic() - began
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_connections(bucket):
+    """fsspec's finalizers, run in a child, wait a second for a thread that is not there."""
+    for number in range(5):
+        place(bucket, patience=Patience(attempts=5, first_delay=0.01, silence=2.0 + number)).read("train/a.jpg", 0, 9)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_collect_and_read, [place(bucket)]) < 0.9

@@ -210,7 +210,7 @@ def test_a_sample_that_is_bad_where_it_comes_from_is_replaced(bucket, made, tmp_
         with caplog.at_level(logging.WARNING, "lalic.data"):
             assert stream_of(source, max_bad=1.0) == local
         assert f"bad sample {source.index.describe(5)} is replaced" in caplog.text
-        with pytest.raises(LalicError, match=r"could not be read, .* check the shards in http://.*/bad; the last bad"):
+        with pytest.raises(LalicError, match=r"could not be read, .* data_prep/verify.py http://.*/bad; the last bad"):
             stream_of(source)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from lalic.data_prep.command import main, parse_size
 from lalic.data_prep.job import Options, run_job
-from lalic.data_prep.sources import list_inputs, make_keys
+from lalic.data_prep.keys import make_keys
+from lalic.data_prep.opening import open_source
 from PIL import Image
 from shard_samples import SMALL, encode, keys, left_out, picture, read_back, result, shard_command, write_folder
 
@@ -241,7 +242,7 @@ def test_a_list_of_paths(tmp_path, photos):
     run_job(tmp_path / "lists" / "list.txt", tmp_path / "out", SMALL, workers=0)
     assert sorted(keys(tmp_path / "out")) == sorted(str(p.relative_to(photos).with_suffix("")) for p in chosen)
     assert left_out(tmp_path / "out") == {"absent.jpg": "cannot be read"}
-    assert list_inputs(tmp_path / "lists" / "list.txt").ignored == {"paths listed before": 1}
+    assert open_source(tmp_path / "lists" / "list.txt").ignored == {"paths listed before": 1}
 
 
 # Bad input, each one line

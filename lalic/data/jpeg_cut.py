@@ -43,11 +43,14 @@ class JpegCutter:
         return self._out[:size], (left - x, top - y, right - x, bottom - y)
 
 
+def recipe() -> builder.Recipe:
+    """How the library is compiled."""
+    return builder.Recipe("jpeg", _LIBRARY, (_SOURCE,), builder.cpu_recipe().depends_on, _ninja_file)
+
+
 @functools.cache
 def _load() -> ctypes.CDLL:
-    depends_on = builder.cpu_recipe().depends_on
-    recipe = builder.Recipe("jpeg", _LIBRARY, (_SOURCE,), depends_on, _ninja_file)
-    library = ctypes.CDLL(str(builder.build(recipe)))
+    library = ctypes.CDLL(str(builder.build(recipe())))
     library.lalic_jpeg_cut.restype = ctypes.c_int64
     memory, number = ctypes.c_void_p, ctypes.c_int
     library.lalic_jpeg_cut.argtypes = [

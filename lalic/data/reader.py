@@ -58,7 +58,7 @@ class Reader(ABC):
     @property
     def advice(self) -> str:
         """What to do about bad samples."""
-        return f"check the shards in {self.index.folder}"
+        return f"check the shards with python data_prep/verify.py {self.index.folder}"
 
 
 class LocalReader(Reader):
@@ -90,10 +90,6 @@ class LocalReader(Reader):
         if len(data) != self.index.size[sample]:
             raise ImageError(self.index.key(sample), "cut short", "its shard ends before it")
         return data
-
-    @property
-    def advice(self) -> str:
-        return f"check the shards with python data_prep/verify.py {self.index.folder}"
 
     def _check_file(self, shard: int) -> None:
         try:
