@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from lalic.data.images import ImageError
 from lalic.data.order import Crop, random_crop, random_crops, replacement_word
 from lalic.data.reader import Reader
 from lalic.data.regions import CropDecoder, Decoder
+from lalic.data.slots import Slots
 from lalic.errors import LalicError
 
 # A bad sample is replaced by another one of its shard, which is near at hand; when that many fail, of any
@@ -33,7 +33,7 @@ class Failure:
 
 
 class ShardCrops(Dataset[Any]):
-    """Map-style dataset whose items are whole micro-batches: `crops[positions, sample_ids]`.
+    """Map-style dataset whose items are whole micro-batches: `crops[number, (positions, sample_ids)]`.
 
     Nothing but (seed, epoch, index) decides on a crop, so the items are the same in whatever process they
     are made.
@@ -53,11 +53,14 @@ class ShardCrops(Dataset[Any]):
         self.reader, self.index, self.eligible = reader, reader.index, eligible
         self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
         self._decoder = CropDecoder(decoder)
+        self.slots: Slots | None = None
+        """Where worker processes leave the pixels; "x" is then the number of the batch."""
 
-    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
-        positions, samples = batch
+    def __getitem__(self, item: tuple[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any] | Failure:
+        number, (positions, samples) = item
         # Rows of pixels, as decoders write them and as the model takes them (channels last): nothing is transposed.
-        pixels = _new_batch((len(positions), self.crop, self.crop, 3))
+        shape = len(positions), self.crop, self.crop, 3
+        pixels = torch.empty(shape, dtype=torch.uint8) if self.slots is None else self.slots[number]
         bad: list[tuple[int, str]] = []
         replaced = 0
         try:
@@ -69,7 +72,7 @@ class ShardCrops(Dataset[Any]):
                 replaced += bool(found)
         except LalicError as error:
             return Failure(str(error))
-        x = pixels.permute(0, 3, 1, 2)
+        x = pixels.permute(0, 3, 1, 2) if self.slots is None else number
         return {"x": x, "bad": replaced, "positions": positions, "bad_samples": bad}
 
     def _places(self, positions: np.ndarray, samples: np.ndarray) -> list[Crop]:
@@ -128,11 +131,3 @@ class ShardCrops(Dataset[Any]):
             out.copy_(torch.from_numpy(np.ascontiguousarray(pixels)).flip(1))
         else:
             out.numpy()[...] = pixels
-
-
-def _new_batch(shape: tuple[int, ...]) -> torch.Tensor:
-    """Uninitialised bytes; in a worker in the shared memory through which torch hands them over, uncopied."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default collate function does
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
