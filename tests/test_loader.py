@@ -440,3 +440,23 @@ def test_index_arrays_and_fingerprint(made, shards):
     document["shards"][0]["samples"][0]["size"] += 1
     (shards / "index.json").write_text(json.dumps(document))
     assert ShardIndex.load(shards).fingerprint != index.fingerprint
+
+
+def test_batches_in_hand_do_not_change(made):
+    """They are copied out of the memory that the workers write to again and again."""
+    kept = list(loader(made / "shards", num_steps=30, workers=2))
+    for batch, again in zip(kept, loader(made / "shards", num_steps=30), strict=True):
+        assert torch.equal(batch["x"], again["x"])
+
+
+def test_no_room_for_shared_memory_is_one_line(made, monkeypatch):
+    def fail(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", fail)
+    with pytest.raises(
+        LalicError, match=r"^no shared memory for 9 batches .* make /dev/shm larger or use fewer workers"
+    ):
+        list(loader(made / "shards", workers=2))

@@ -13,6 +13,7 @@ from lalic.data.images import ImageError
 from lalic.data.order import Crop, random_crop, random_crops, replacement_word
 from lalic.data.reader import Reader
 from lalic.data.regions import CropDecoder, Decoder
+from lalic.data.slots import Slots
 from lalic.errors import LalicError
 
 # A bad sample is replaced by another one of its shard, which is near at hand; when that many fail, of any
@@ -32,7 +33,7 @@ class Failure:
 
 
 class ShardCrops(Dataset[Any]):
-    """Map-style dataset whose items are whole micro-batches: `crops[positions, sample_ids]`.
+    """Map-style dataset whose items are whole micro-batches: `crops[number, (positions, sample_ids)]`.
 
     Nothing but (seed, epoch, index) decides on a crop, so the items are the same in whatever process they
     are made.
@@ -52,11 +53,14 @@ class ShardCrops(Dataset[Any]):
         self.reader, self.index, self.eligible = reader, reader.index, eligible
         self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
         self._decoder = CropDecoder(decoder)
+        self.slots: Slots | None = None
+        """Where worker processes leave the pixels; "x" is then the number of the batch."""
 
-    def __getitem__(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, Any] | Failure:
-        positions, samples = batch
+    def __getitem__(self, item: tuple[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, Any] | Failure:
+        number, (positions, samples) = item
         # Rows of pixels, as decoders write them and as the model takes them (channels last): nothing is transposed.
-        pixels = torch.empty((len(positions), self.crop, self.crop, 3), dtype=torch.uint8)
+        shape = len(positions), self.crop, self.crop, 3
+        pixels = torch.empty(shape, dtype=torch.uint8) if self.slots is None else self.slots[number]
         bad: list[tuple[int, str]] = []
         replaced = 0
         try:
@@ -68,8 +72,8 @@ class ShardCrops(Dataset[Any]):
                 replaced += bool(found)
         except LalicError as error:
             return Failure(str(error))
-        x = pixels.permute(0, 3, 1, 2)
-        return {"x": x, "bad": replaced, "positions": torch.from_numpy(positions), "bad_samples": bad}
+        x = pixels.permute(0, 3, 1, 2) if self.slots is None else number
+        return {"x": x, "bad": replaced, "positions": positions, "bad_samples": bad}
 
     def _places(self, positions: np.ndarray, samples: np.ndarray) -> list[Crop]:
         """The crops at consecutive positions."""

@@ -32,6 +32,7 @@ from lalic.data.order import EpochOrder
 from lalic.data.prefetch import Prefetch
 from lalic.data.reader import LocalReader, Reader
 from lalic.data.regions import Decoder, log_decoder
+from lalic.data.slots import PREFETCH, Numbered, Slots
 from lalic.errors import LalicError
 
 logger = logging.getLogger("lalic.data")
@@ -180,22 +181,27 @@ class CropLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             crops,
-            sampler=batches,
+            sampler=Numbered(batches),
             batch_size=None,  # an item of the dataset is a micro-batch
             collate_fn=_as_it_is,
             num_workers=workers,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory and not workers,  # from the slots it is done here, in place of their copy
+            prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_leave_signals_to_the_trainer,
             # Iterating draws a seed for the workers, which nothing here uses. Drawn from the global generator,
             # it would change the training noise of a run each time that run is resumed.
             generator=torch.Generator(),
         )
-        self.batches, self.reader, self.max_bad = batches, reader, max_bad
+        self.crops, self.batches, self.reader, self.max_bad = crops, batches, reader, max_bad
+        self._pin = pin_memory
         self.seen = self.bad = 0
         self._logged: set[int] = set()
 
     def __iter__(self) -> Any:
+        slots = None
+        if self.num_workers:
+            slots = Slots(self.num_workers, (self.batches.micro_batch, self.crops.crop, self.crops.crop, 3))
+        self.crops.slots = slots
         # The workers are forked with the signals blocked, so none reaches them before they have arranged theirs.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
         try:
@@ -209,7 +215,11 @@ class CropLoader(DataLoader[Any]):
             while (batch := _next(batches)) is not None:
                 if isinstance(batch, Failure):
                     raise LalicError(batch.message)
-                self._count(len(batch["x"]), batch["bad"], batch.pop("bad_samples"))
+                self._count(len(batch["positions"]), batch["bad"], batch.pop("bad_samples"))
+                batch["positions"] = torch.from_numpy(batch["positions"])
+                if slots is not None:
+                    x = slots[batch["x"]].permute(0, 3, 1, 2)
+                    batch["x"] = x.pin_memory() if self._pin else x.clone()
                 if prefetch is not None:
                     prefetch.check()
                     prefetch.position = int(batch["positions"][0])
