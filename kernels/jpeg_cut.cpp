@@ -15,6 +15,9 @@
 #include <cstring>
 #include <vector>
 
+// What reads bits keeps its state in registers only where it is inlined.
+#define LALIC_INLINE __attribute__((always_inline)) inline
+
 namespace {
 
 constexpr int kBits = 12;       // of a lookup
@@ -123,7 +126,7 @@ struct Reader {
 };
 
 // Reads one code of up to 16 bits that is there; -1 when no code begins like this.
-int read_code(Reader& in, const Table& table) {
+LALIC_INLINE int read_code(Reader& in, const Table& table) {
   const int code = table.single[in.window >> (64 - kBits)];
   if (code != 0) {
     in.drop(code >> 8);
@@ -140,7 +143,7 @@ int read_code(Reader& in, const Table& table) {
 }
 
 // The difference of a DC coefficient; INT32_MIN on an invalid code.
-int32_t read_dc(Reader& in, const Table& table) {
+LALIC_INLINE int32_t read_dc(Reader& in, const Table& table) {
   in.refill();
   const int size = read_code(in, table);
   if (size < 0) return INT32_MIN;
@@ -151,7 +154,7 @@ int32_t read_dc(Reader& in, const Table& table) {
 }
 
 // Passes over the AC codes of one block.
-bool pass_ac(Reader& reader, const Table& table) {
+LALIC_INLINE bool pass_ac(Reader& reader, const Table& table) {
   Reader in = reader; // in registers
   int k = 1;
   while (true) {
@@ -361,28 +364,44 @@ Units units_around(int from, int to, int length, int unit) {
   return {std::max(0, from - 1) / unit, std::min(all, to / unit + 1), all};
 }
 
+// Reads `count` coded units, and copies them when kCopy.
+template <bool kCopy>
+bool pass_units(Reader& reader, Header& header, int count, const uint8_t* data, const uint8_t* end, Writer& out) {
+  Reader in = reader;
+  for (int unit = 0; unit < count; ++unit) {
+    for (int i = 0; i < header.count; ++i) {
+      Component& component = header.components[i];
+      const Table &dc = *header.tables[0][component.dc], &ac = *header.tables[1][component.ac];
+      int32_t value = component.read;
+      for (int block = 0; block < component.blocks; ++block) {
+        const int32_t difference = read_dc(in, dc);
+        if (difference == INT32_MIN) return false;
+        value += difference;
+        const int64_t start = in.place();
+        if (!pass_ac(in, ac) || in.next > end) return false;
+        if (kCopy) {
+          out.put_dc(value - component.written);
+          component.written = value;
+          out.copy(data, start, in.place());
+        }
+      }
+      component.read = value;
+    }
+  }
+  reader = in;
+  return true;
+}
+
 bool cut_scan(Header& header, const Units& columns, const Units& rows, const uint8_t* data, size_t size, Writer& out) {
   Reader in(data);
   const uint8_t* const end = data + size + 8;
   for (int row = 0; row < rows.last; ++row) {
-    for (int column = 0; column < columns.all; ++column) {
-      const bool inside = row >= rows.first && column >= columns.first && column < columns.last;
-      for (int i = 0; i < header.count; ++i) {
-        Component& component = header.components[i];
-        const Table &dc = *header.tables[0][component.dc], &ac = *header.tables[1][component.ac];
-        for (int block = 0; block < component.blocks; ++block) {
-          const int32_t difference = read_dc(in, dc);
-          if (difference == INT32_MIN) return false;
-          component.read += difference;
-          const int64_t start = in.place();
-          if (!pass_ac(in, ac) || in.next > end) return false;
-          if (!inside) continue;
-          if (in.place() > int64_t(8 * size)) return false;
-          out.put_dc(component.read - component.written);
-          component.written = component.read;
-          out.copy(data, start, in.place());
-        }
-      }
+    if (row < rows.first) {
+      if (!pass_units<false>(in, header, columns.all, data, end, out)) return false;
+    } else if (!pass_units<false>(in, header, columns.first, data, end, out) ||
+               !pass_units<true>(in, header, columns.last - columns.first, data, end, out) ||
+               !pass_units<false>(in, header, columns.all - columns.last, data, end, out)) {
+      return false;
     }
     if (in.place() > int64_t(8 * size) || out.full) return false;
     for (const Component& component : header.components) {
