@@ -118,6 +118,8 @@ class RegionDecoder:
     def __init__(self, nvimgcodec: Any, cutter: JpegCutter | None) -> None:
         self._codec, self._cutter = nvimgcodec, cutter
         self._stray = StrayMarkers()
+        self._image: Any = None
+        """The last one, whose memory serves again."""
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
             max_num_cpu_threads=1,
@@ -127,27 +129,33 @@ class RegionDecoder:
         self._settings = nvimgcodec.DecodeParams(apply_exif_orientation=False, color_spec=nvimgcodec.ColorSpec.SRGB)
 
     def decode(self, data: bytes, layout: Layout, box: Box) -> np.ndarray | None:
-        """(H, W, 3) uint8 of the stored image's box = (left, top, right, bottom); None when it cannot."""
-        part: bytes | np.ndarray = data
+        """(H, W, 3) uint8 of the stored image's box = (left, top, right, bottom); None when it cannot.
+
+        Valid until the next call.
+        """
         if self._cutter and not layout.restarts:
             cut = self._cutter(data, box)
-            # Mostly damage, about which libjpeg would complain on the standard error output.
-            if cut is None:
-                return None
-            part, box = cut
-        elif self._stray.found(data, layout):
-            return None
+            # Otherwise mostly damage, about which libjpeg would complain on the standard error output.
+            return self._decode(*cut) if cut else None
+        return None if self._stray.found(data, layout) else self._decode(data, box, region=True)
+
+    def _decode(self, data: bytes | np.ndarray, box: Box, *, region: bool = False) -> np.ndarray | None:
         left, top, right, bottom = box
         try:
-            region = self._codec.Region(top, left, bottom, right)
-            stream = self._codec.CodeStream(part).get_sub_code_stream(region=region)
-            image = self._decoder.decode(stream, params=self._settings)
+            stream = self._codec.CodeStream(data)
+            if region:
+                part = self._codec.Region(top, left, bottom, right)
+                stream = stream.get_sub_code_stream(region=part)
+                left, top, right, bottom = 0, 0, right - left, bottom - top
+            image = self._decoder.decode(stream, image=self._image, params=self._settings)
         # pybind11 translates C++ exceptions to several kinds.
         except Exception:
             return None
-        if image is None or tuple(image.shape) != (bottom - top, right - left, 3):
+        if image is None:
             return None
-        return np.asarray(image)
+        self._image = image
+        pixels = np.asarray(image)
+        return pixels[top:bottom, left:right] if pixels.shape[0] >= bottom and pixels.shape[1] >= right else None
 
 
 @functools.cache
@@ -164,9 +172,11 @@ def choose_decoder(decoder: Decoder) -> tuple[str, str]:
     if not _agrees_with_pillow(regions):
         return "pillow", "nvidia-nvimgcodec decodes to other bits than this Pillow"
     try:
-        JpegCutter()
+        regions = RegionDecoder(_load_nvimgcodec(), JpegCutter())
     except BuildError as error:
         return "nvimgcodec", f"regions of JPEG, with Pillow's bits; of the whole files, which is slower, since {error}"
+    if not _agrees_with_pillow(regions):
+        return "pillow", "parts of a JPEG decode to other bits than the whole with this Pillow"
     return "nvimgcodec", "regions of JPEG, with Pillow's bits"
 
 
