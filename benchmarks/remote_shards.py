@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from benchmarks.machine import cpu_name  # noqa: E402 -- found from the checkout
+from benchmarks.machine import describe  # noqa: E402 -- found from the checkout
 
 _SERVER = """
 import sys, time
@@ -184,17 +184,17 @@ def main() -> int:
             url = server.stdout.readline().strip() + "/shards"
             rows = measure(Variants(folder / "shards", url, folder / "cache"), arguments)
             server.communicate("")
-    print("| variant | first batch, start | middle | middle / start | images/s | of local | ms per read |")
-    print("|---|---|---|---|---|---|---|")
     for row in rows:
-        read = f"{row['read_s'] * 1e3:.3f}" if "read_s" in row else ""
-        print(
-            f"| {row['variant']} | {row['first_batch_start_s']:.3f} s | {row['first_batch_middle_s']:.3f} s | "
-            f"{row['middle_to_start']:.2f} | {row['images_per_s']:.1f} | {row['images_per_s_ratio']:.2f} | {read} |"
-        )
+        print("  ".join(f"{name}: {value:.4g}" if name != "variant" else value for name, value in row.items()))
     if arguments.output:
-        about = {**vars(arguments), "output": None, "shard_bytes": shard_bytes, "cpu": cpu_name()}
-        arguments.output.write_text(json.dumps({"settings": about, "rows": rows}, indent=1) + "\n")
+        options = {name: value for name, value in vars(arguments).items() if name != "output"}
+        result = {
+            "command": "python benchmarks/remote_shards.py",
+            "environment": describe(1),
+            "settings": {**options, "shard_bytes": shard_bytes},
+            "rows": rows,
+        }
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -193,6 +193,25 @@ def resources(result: dict[str, Any]) -> str:
     return "\n\n".join(["## Registers and spills of the CUDA kernels", origin, text])
 
 
+def remote_shards(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [
+        (
+            r["variant"],
+            f"{1e3 * r['first_batch_start_s']:.0f}",
+            f"{1e3 * r['first_batch_middle_s']:.0f}",
+            f"{r['middle_to_start']:.2f}",
+            f"{r['images_per_s']:.0f}",
+            f"{r['images_per_s_ratio']:.2f}x",
+            f"{1e6 * r['read_s']:.0f}" if "read_s" in r else "",
+        )
+        for r in result["rows"]
+    ]
+    title = f"{s['shards']} shards of {s['shard_bytes'] / s['shards'] / 1e6:.0f} MB, {s['workers']} worker"
+    titles = (title, "ms to the first batch", "in mid-epoch", "ratio", "images/s", "of local", "us per read")
+    return section("Remote shards", result, table(titles, rows))
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -202,6 +221,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sharding": sharding,
     "loader": loader,
     "sample_order": sample_order,
+    "remote_shards": remote_shards,
     "kernel_resources": resources,
 }
 

@@ -6,6 +6,6 @@
 crop stands at a position, `crops` makes pixels of them, `loader` makes batches in worker processes. Only `crops` and
 `loader` import torch.
 
-`reader` fetches a sample's bytes, `source` chooses how: from a folder, or from a URL, by ranges or through `cache`, whole
-shards in a folder of bounded size (`room`) that `prefetch` fills ahead of the loader.
+`reader` fetches a sample's bytes; `source` chooses how: from a folder, or from a URL, by ranges or through `cache`,
+whole shards in a folder of bounded size (`room`) that `prefetch` fills ahead of the loader.
 """
