@@ -167,4 +167,4 @@ def test_a_forked_process_does_not_wait_for_its_parents_connections(bucket):
     for number in range(5):
         place(bucket, patience=Patience(attempts=5, first_delay=0.01, silence=2.0 + number)).read("train/a.jpg", 0, 9)
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        assert pool.apply(_collect_and_read, [place(bucket)]) < 0.9
+        assert pool.apply(_collect_and_read, [place(bucket)]) < 3.0  # five of them were five seconds
