@@ -177,7 +177,7 @@ def _tasks(
     problems: _Problems,
 ) -> Iterator[ShardTask]:
     """One task per shard that is there; only that shard's part of the index goes to a worker."""
-    first = np.searchsorted(index.shard, np.arange(len(index.names) + 1))
+    first = index.first
     same_samples = manifest is not None and len(manifest) == len(index)
     for number, name in enumerate(index.names):
         size = folder.size(name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +47,22 @@ def result(folder: Path) -> dict[str, str]:
 
 def shard_command(root: Path, *arguments: object) -> list[str]:
     return [sys.executable, str(root / "data_prep" / "shard.py"), *map(str, arguments)]
+
+
+def error_on_a_full_disk(command: list[str], most: int) -> str:
+    """The one line with which a program ends that cannot write more than `most` bytes to a file.
+
+    write() fails as on a full disk, for any user.
+    """
+    full = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+    )
+    lines = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert full.returncode == 2 and len(lines) == 1 and "Traceback" not in full.stderr
+    return lines[0]
 
 
 def left_out(folder: Path) -> dict[str, str]:

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket_server import Bucket, Fault, serve, serve_s3
+from bucket_server import Bucket, Fault, forget_credentials, serve, serve_s3
 from lalic.data_prep.job import Options, run_job
 from lalic.data_prep.opening import open_source
 from lalic.data_prep.remote_files import Access
-from shard_samples import SMALL, encode, keys, left_out, picture, result, shard_command
+from shard_samples import SMALL, encode, error_on_a_full_disk, keys, left_out, picture, result, shard_command
 
 from lalic.errors import LalicError
 from lalic.remote import Patience
@@ -116,11 +116,7 @@ def test_from_s3_by_ids_and_by_listing(images, id_list, expected, tmp_path, anon
 
 @pytest.fixture
 def anonymous(monkeypatch, tmp_path):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_credentials(monkeypatch, tmp_path)
 
 
 def test_odd_names_are_found_again(tmp_path):
@@ -343,21 +339,12 @@ def test_the_spool_holds_no_more_than_a_shard_and_what_is_under_way(bucket, id_l
 
 
 def test_a_full_disk_while_fetching_is_one_line_and_resumes(bucket, id_list, expected, tmp_path, root):
-    import resource
-
     command = shard_command(
         root, "--input", id_list, "--bucket", bucket.url, "--output", tmp_path / "out", "--shard-size",
         SMALL.shard_size, "--min-side", SMALL.min_side, "--workers", "0",
     )  # fmt: skip
-    full = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, 3_000)),
-    )
-    lines = [line for line in full.stderr.splitlines() if line.startswith("error:")]
-    assert full.returncode == 2 and len(lines) == 1 and "Traceback" not in full.stderr
-    assert "make room and run the same command again" in lines[0]
+    line = error_on_a_full_disk(command, 3_000)
+    assert "make room and run the same command again" in line
     subprocess.run(command, check=True, capture_output=True)
     assert result(tmp_path / "out") == expected
 

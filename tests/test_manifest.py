@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from lalic.data_prep.frozen import Manifest
 from lalic.data_prep.job import run_job
 from lalic.data_prep.manifest import escape_source, unescape_source
 from lalic.data_prep.rebuild import run_rebuild
-from shard_samples import SMALL, encode, picture, result, shard_command, write_folder
+from shard_samples import SMALL, encode, error_on_a_full_disk, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
 from lalic.remote import Remote
@@ -390,14 +389,7 @@ def test_a_full_disk_while_rebuilding(made, tmp_path, root):
     command = shard_command(
         root, "--input", made / "in", "--output", tmp_path / "out", "--from-manifest", made / "m.csv.gz"
     )
-    full = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),
-    )
-    assert full.returncode == 2 and "Traceback" not in full.stderr
-    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    line = error_on_a_full_disk(command, 30_000)
     assert "cannot be written on (File too large), 0 samples are safe: make room and run the same command" in line
     subprocess.run(command, check=True, capture_output=True)
     assert shards_of(tmp_path / "out") == shards_of(made / "out")

@@ -9,7 +9,7 @@ import random
 import time
 
 import pytest
-from bucket_server import KINDS, Bucket, Fault, serve, serve_s3
+from bucket_server import KINDS, Bucket, Fault, forget_credentials, serve, serve_s3
 
 from lalic.errors import LalicError
 from lalic.remote import Patience, Remote, RemoteError, RemoteMissing, RemoteRefused, is_url, join_url
@@ -129,11 +129,7 @@ def test_works_in_other_processes(bucket, method):
 
 
 def test_s3_without_credentials(monkeypatch, tmp_path):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_credentials(monkeypatch, tmp_path)
     with serve_s3() as endpoint:
         remote = Remote("s3://photos", endpoint=endpoint, patience=QUICK)
         remote.filesystem.pipe_file("s3://photos/train/a.jpg", DATA)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bucket_server import Bucket, Fault, serve, serve_s3
+from bucket_server import Bucket, Fault, forget_credentials, serve, serve_s3
 from remote_shards import QUICK, put, reader
 from test_loader import damage, made, stream  # noqa: F401 -- a fixture
 from test_train import config_path, own_process_state, records, run  # noqa: F401 -- fixtures
@@ -94,11 +94,7 @@ def test_in_spite_of_a_stumbling_server(bucket, truth, tmp_path, size):
 
 @pytest.mark.parametrize("size", [0, 1 << 30], ids=["ranges", "cache"])
 def test_s3(made, truth, tmp_path, size, monkeypatch):  # noqa: F811
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_credentials(monkeypatch, tmp_path)
     with serve_s3() as endpoint:
         system = Remote("s3://photos", endpoint, QUICK).filesystem
         for path in made.joinpath("shards").iterdir():

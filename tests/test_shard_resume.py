@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 from lalic.data_prep.job import Options, run_job
 from lalic.data_prep.validation import Checked
 from lalic.data_prep.workers import Workers
-from shard_samples import SMALL, encode, picture, result, shard_command, write_folder
+from shard_samples import SMALL, encode, error_on_a_full_disk, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
 
@@ -179,15 +178,8 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(many, tmp_path, root):
     """A limit on the size of files stands in for the full disk: write() fails in the same way, for any user."""
     source, expected = many
     command = shard_command(root, "--input", source, "--output", tmp_path / "out", *MANY)
-    full = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)),
-    )
-    lines = [line for line in full.stderr.splitlines() if line.startswith("error:")]
-    assert full.returncode == 2 and len(lines) == 1 and "Traceback" not in full.stderr
-    assert "0 finished shards are safe: make room and run the same command again" in lines[0]
+    line = error_on_a_full_disk(command, 300_000)
+    assert "0 finished shards are safe: make room and run the same command again" in line
     assert not list((tmp_path / "out").glob("*.tmp")) and not list((tmp_path / "out").glob(".*.tmp"))
     subprocess.run(command, check=True, capture_output=True)
     assert result(tmp_path / "out") == expected

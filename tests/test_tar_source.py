@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket_server import Bucket, Fault, serve, serve_s3
+from bucket_server import Bucket, Fault, forget_credentials, serve, serve_s3
 from lalic.data_prep import tars
 from lalic.data_prep.job import Options, run_job
 from lalic.data_prep.opening import open_source
@@ -100,9 +100,7 @@ def test_over_http(two_tars, tmp_path, faults, monkeypatch):
 
 
 def test_over_s3(two_tars, tmp_path, monkeypatch):
-    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    forget_credentials(monkeypatch, tmp_path)
     paths, expected = two_tars
     with serve_s3() as endpoint:
         access = Access(endpoint=endpoint, patience=QUICK.patience)
