@@ -29,15 +29,16 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.machine import describe  # noqa: E402 -- found from the checkout
 
 _BEGIN = """
-import json, resource, statistics, sys, time
+import json, statistics, sys, time
 import numpy as np, torch
 from lalic.data.index import ShardIndex
 from lalic.data.loader import MicroBatches, eligible_samples
 from lalic.data.order import EpochOrder
+from lalic.memory import peak_resident_bytes
 folder, shards, each, window = sys.argv[1], *map(int, sys.argv[2:])
 n = shards * each
 more = {}
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(): return peak_resident_bytes() / 1e6
 before, began = peak(), time.perf_counter()
 """
 _END = """

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -49,6 +48,7 @@ from benchmarks.stepping import (  # noqa: E402
     start,
     wait_for,
 )
+from lalic.memory import PeakMemory  # noqa: E402
 
 BASELINES = ("published", "plain")
 VARIANTS = ("plain", *(p + c + k for p in ("fp32", "bf16") for k in ("", "+ckpt") for c in ("", "+compile")))
@@ -124,20 +124,6 @@ def build_baseline(variant: str, arguments: argparse.Namespace) -> Any:
     return step
 
 
-class Peak:
-    """The most memory so far, in MiB: of the CUDA allocator, or of this process."""
-
-    def __init__(self, device: str):
-        self.device = device
-
-    def mib(self) -> float:
-        if self.device == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**20
-
-
 def work(arguments: argparse.Namespace) -> None:
     """One variant: a turn for every line on stdin, a line of JSON on stdout for every turn."""
     import torch
@@ -147,12 +133,12 @@ def work(arguments: argparse.Namespace) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32 == "on"
     # What a build prints must not stand between the lines.
     replies, sys.stdout = sys.stdout, sys.stderr
-    peak, done, step, idle = Peak(arguments.device), 0, None, 0.0
+    peak, done, step, idle = PeakMemory(torch.device(arguments.device)), 0, None, 0
     for _ in sys.stdin:
         try:
             if step is None:
                 step = build_step(arguments.worker, arguments)
-                idle = peak.mib()
+                idle = peak.bytes()
             first = step(done) if cuda or not done else None
             warm = int(first is not None)
             wait_for(arguments.device)
@@ -164,7 +150,8 @@ def work(arguments: argparse.Namespace) -> None:
             seconds = (time.perf_counter() - started) / max(1, count)
             loss = float(first if first is not None else losses[0])
             done += warm + count
-            reply = {"seconds": seconds, "loss": loss, "peak_mib": peak.mib(), "idle_mib": idle}
+            memory = {"peak_mib": peak.bytes() / 2**20, "idle_mib": idle / 2**20}
+            reply = {"seconds": seconds, "loss": loss, **memory}
         except (Exception, SystemExit) as error:
             reply = {"error": reason(error)}
         print(json.dumps(reply), file=replies, flush=True)

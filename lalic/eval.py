@@ -35,7 +35,8 @@ from tqdm import tqdm
 from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open, write_json
-from lalic.measure import PeakMemory, Row, gap_percent, measure
+from lalic.measure import Row, gap_percent, measure
+from lalic.memory import PeakMemory
 from lalic.metrics import finite_mean, json_ready
 from lalic.release import Weights, open_weights, stem_of, versions
 

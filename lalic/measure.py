@@ -1,4 +1,4 @@
-"""One picture through one model: rate, quality, time. And the peak memory of what ran.
+"""One picture through one model: rate, quality, time.
 
 x: (1, 3, H, W) float32 in [0, 1] on the model's device; rgb: (H, W, 3) uint8. Times are wall-clock seconds
 of the computation alone, with the picture already on the device and nothing read or written; on CUDA the
@@ -7,11 +7,7 @@ device is synchronised before the clock is read.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,31 +99,3 @@ def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-class PeakMemory:
-    """Peak memory from construction to `bytes()`: of the CUDA allocator, or resident memory of this process.
-
-    On Linux the kernel's high-water mark is reset at construction; where that is not possible, the CPU
-    figure is the peak since the process began.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            # Not Linux, or not allowed: the docstring says what the figure is then.
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def bytes(self) -> int:
-        """The peak so far."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        with suppress(OSError):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -112,12 +112,12 @@ def test_a_mapped_index_costs_a_process_next_to_nothing(tmp_path, cache):
     folder = write_index(tmp_path / "shards", 200, 1000)
     ShardIndex.load(folder, mapped_from=0)
     program = f"""
-import resource
 from lalic.data.index import ShardIndex
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from lalic.memory import peak_resident_bytes
+before = peak_resident_bytes()
 index = ShardIndex.load({str(folder)!r}, mapped_from=0)
 assert index.key(123_456) and index.size[99_999]
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak_resident_bytes() - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 4

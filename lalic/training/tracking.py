@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lalic.config import RunConfig
+from lalic.memory import PeakMemory
 from lalic.training.distributed import sum_over_ranks
 from lalic.training.run_folder import LOG, TENSORBOARD
 from lalic.training.schedule import Schedule, Stage
@@ -37,6 +36,7 @@ class Tracker:
         self.batch_size = config.train.batch_size
         self._first_step, self._started = step, time.monotonic()
         self._complained = False
+        self._memory = PeakMemory(accelerator.device)
         self._log = config.folder / LOG
         self._board: Any = None
         self._reset()
@@ -83,7 +83,7 @@ class Tracker:
             "images_per_second": speed,
             "data_wait_share": self._waited / self._busy,
             "bad_samples": int(bad),
-            "memory_gib": peak_memory(self.accelerator.device) / 2**30,
+            "memory_gib": self._memory.bytes() / 2**30,
         }
         if compiled_graphs is not None:
             extra["compiled_graphs"] = compiled_graphs
@@ -158,14 +158,6 @@ def keep_until(log: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_text(log, "".join(kept))
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that this process's tensors took on the GPU, or the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def duration(seconds: float) -> str:
