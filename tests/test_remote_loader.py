@@ -303,9 +303,12 @@ sys.stdin.readline()
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_ends_a_program_that_waits_for_a_silent_server(bucket, tmp_path, workers):
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
     program = f"""
+import signal
 from lalic.data.loader import build_loader
 from lalic.data.source import open_shards
+signal.signal(signal.SIGINT, signal.default_int_handler)
 source = open_shards("{bucket.url}/shards", cache={str(tmp_path)!r})
 print("open", flush=True)
 input()
