@@ -103,6 +103,7 @@ def test_two_nodes_then_stopped_and_requeued(cluster, checkout):
     assert len(_weights(run)) >= 1
     # SLURM lets a requeued job wait for two minutes; an administrator may start it at once.
     _wait(lambda: cluster.state(stopped) == "PENDING", "pending again", checkout)
+    time.sleep(3)  # in the second of the kill, slurmd takes the new start for the job that it has just killed
     cluster.run("scontrol", "update", f"JobId={stopped}", "StartTime=now")
     assert _wait(lambda: _ended(cluster, stopped), "the resumed run ends", checkout) == "COMPLETED"
     assert (run / "DONE").exists()
