@@ -24,6 +24,8 @@ from .sources import Source
 from .validation import CHECKS, Limits
 from .writer import LEAST_SHARD_SIZE
 
+# More than any file system takes; sizes are int64 in a manifest's arrays.
+_MOST_SHARD_SIZE = 1 << 60
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FIXED_BY_MANIFEST = {
     *("limit", "shard_size", "min_side", "max_pixels", "seed", "prefix", "keep_duplicates", "check", "manifest")
@@ -98,6 +100,8 @@ def parse_size(text: str) -> int:
     size = _bytes(text)
     if size < LEAST_SHARD_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is too small, a shard has at least {LEAST_SHARD_SIZE} bytes")
+    if size > _MOST_SHARD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large, a shard has at most {_MOST_SHARD_SIZE} bytes")
     return size
 
 

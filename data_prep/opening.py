@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
@@ -111,8 +112,10 @@ class _Opening:
             return self._from_bucket()
         folder, _, name = self.place.rpartition("/")
         remote = self.access.remote(folder, encoded=True)
-        stream = RemoteStream(remote, name, remote.info(name).size or 0, self.access.throttle())
-        with stream:
+        size = remote.info(name).size
+        # Without a size there are no ranges to ask for.
+        whole = remote.read(name) if size is None else b""
+        with io.BytesIO(whole) if size is None else RemoteStream(remote, name, size, self.access.throttle()) as stream:
             return self._from_list(read_list(cast(IO[bytes], stream), self.place, self.subset), None)
 
     def _from_bucket(self) -> RemoteFiles:
@@ -211,6 +214,6 @@ def _path_of(place: str) -> str:
 
 
 def _nothing(source: Source, place: str) -> str:
-    if os.path.isfile(place):
+    if not os.path.isdir(place) and (not is_url(place) or _LIST.search(_path_of(place))):
         return "no path in it"
     return f"no file with the suffix {', '.join(sorted(SUFFIXES))}"

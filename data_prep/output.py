@@ -96,15 +96,15 @@ class OutputFolder(ABC):
 
 
 @contextmanager
-def full_disk_in_one_line(where: str, safe: Callable[[], str]) -> Iterator[None]:
-    """Turn the errors of a full disk into a LalicError; `safe()` says what is kept."""
+def full_disk_in_one_line(where: str, safe: Callable[[], str], flag: str = "--output") -> Iterator[None]:
+    """Turn the errors of a full disk into a LalicError; `safe()` says what is kept, `flag` named `where`."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise LalicError(
-            f"--output {where}: cannot be written on ({error.strerror}), {safe()}: "
+            f"{flag} {where}: cannot be written on ({error.strerror}), {safe()}: "
             "make room and run the same command again"
         ) from error
 

@@ -124,7 +124,8 @@ class JobState:
         return [name for name in self.output.names(STATE_FOLDER) if re.fullmatch(r".*/\d+\.json", name)]
 
     def _shards(self) -> list[str]:
-        return [name for name in self.output.names() if name.startswith(f"{self.prefix}-") and name.endswith(".tar")]
+        own = re.compile(rf"{re.escape(self.prefix)}-\d{{6,}}\.tar")
+        return [name for name in self.output.names() if own.fullmatch(name)]
 
     def _take_up(self, job: dict[str, Any]) -> None:
         try:

@@ -43,6 +43,10 @@ class Bucket:
     """Seconds before every answer."""
     etags: bool = True
     """S3's habit: the MD5 of the file."""
+    chunked: str = ""
+    """A path that is sent in chunks, without its size, as pages are that a program makes."""
+    redirect: str = ""
+    """A path that leads to itself."""
     url: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range header) in order."""
@@ -118,11 +122,27 @@ class _Handler(BaseHTTPRequestHandler):
         if kind.isdigit():
             self._status(int(kind), [("Retry-After", "0")] if kind in ("429", "503") else [])
             return
+        if path == bucket.redirect:
+            self._status(302, [("Location", self.path)])
+            return
         data = bucket.files.get(path)
         if data is None:
             self._status(404, [])
             return
+        if path == bucket.chunked:
+            self._send_chunks(data, body)
+            return
         self._send(path, data, wanted, kind, body)
+
+    def _send_chunks(self, data: bytes, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for start in range(0, len(data) if body else 0, 64):
+            part = data[start : start + 64]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+        if body:
+            self.wfile.write(b"0\r\n\r\n")
 
     def _status(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.send_response(status)

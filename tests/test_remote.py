@@ -7,12 +7,13 @@ import multiprocessing
 import pickle
 import random
 import time
+from email.utils import formatdate
 
 import pytest
 from bucket_server import KINDS, Bucket, Fault, forget_credentials, serve, serve_s3
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteError, RemoteMissing, RemoteRefused, is_url, join_url
+from lalic.remote import Patience, Remote, RemoteError, RemoteMissing, RemoteRefused, _retry_after, is_url, join_url
 
 QUICK = Patience(attempts=5, first_delay=0.01, most_delay=0.05, silence=2.0)
 DATA = random.Random(5).randbytes(300_000)
@@ -75,6 +76,37 @@ def test_a_server_without_ranges_is_named(bucket):
     bucket.ranges = False
     with pytest.raises(RemoteError, match="does not send parts"):
         place(bucket).read("train/a.jpg", 5, 10)
+
+
+@pytest.mark.parametrize(
+    "told, least, most",
+    [
+        ("3", 3, 3),
+        ("0.5", 0.5, 0.5),
+        ("86400", 300, 300),
+        (formatdate(time.time() + 100, usegmt=True), 50, 101),
+        (formatdate(time.time() - 100, usegmt=True), 0, 0),
+        (formatdate(time.time() + 1e6, usegmt=True), 300, 300),
+    ],
+    ids=["seconds", "half a second", "a day", "a date", "a date that has passed", "a date far away"],
+)
+def test_retry_after_is_a_number_of_seconds_or_a_date(told, least, most):
+    error = OSError()
+    error.headers = {"Retry-After": told}
+    assert least <= _retry_after(error) <= most
+
+
+@pytest.mark.parametrize("told", ["nan", "inf", "-5", "", "soon", "Fri, 99 Foo 2026 00:00:00 GMT"])
+def test_a_retry_after_that_says_nothing(told):
+    error = OSError()
+    error.headers = {"Retry-After": told}
+    assert _retry_after(error) is None
+
+
+def test_a_redirection_without_end_is_called_so(bucket):
+    bucket.redirect = "a.jpg"
+    with pytest.raises(RemoteError, match="sends from one address to the next without end"):
+        Remote(bucket.url, patience=QUICK).read("a.jpg")
 
 
 def test_nobody_there():

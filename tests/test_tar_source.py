@@ -264,6 +264,32 @@ def test_a_header_that_asks_for_too_much_is_not_believed(tmp_path):
         shard(tmp_path / "x.tar", tmp_path / "out")
 
 
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **pax: str) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    member.pax_headers = {name.replace("_", "."): value for name, value in pax.items()}
+    return member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        header("x.jpg", 512, GNU_sparse_map="0,ten", GNU_sparse_size="900"),
+        header("x.jpg", 512, GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9") + bytes(512),
+        header("name", -2, tarfile.GNUTYPE_LONGNAME),
+        header("x.txt", 1 << 63),
+        header("x.jpg", -512),
+    ],
+    ids=["sparse map", "sparse blocks", "negative header", "beyond any file", "backwards"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_numbers_that_no_tar_has_are_one_line(tmp_path, crafted, packed):
+    data = make_tar(dict(list(PICTURES.items())[:3]))[: -tarfile.RECORDSIZE] + crafted + bytes(tarfile.RECORDSIZE)
+    (tmp_path / "x.tar").write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(LalicError, match=r"x.tar: is (damaged|cut short)"):
+        shard(tmp_path / "x.tar", tmp_path / "out")
+
+
 def test_missing_tars(tmp_path):
     with pytest.raises(LalicError, match=r"none.tar: no such tar"):
         shard(tmp_path / "none.tar", tmp_path / "out")
