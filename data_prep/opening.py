@@ -183,15 +183,21 @@ def split_urls(urls: Sequence[str]) -> tuple[str | None, list[str], dict[str, st
     servers: dict[str, str] = {}
     names = []
     for url in urls:
-        scheme, _, name = url.partition("://")
-        server = name.partition("/")[0]
-        servers.setdefault(server, f"{scheme}://{server}")
-        names.append(name)
+        scheme, _, rest = url.partition("://")
+        address, slash, path = rest.partition("/")
+        base = f"{scheme}://{address}"
+        # A password is no part of a name, which stands in manifests.
+        server = address.rpartition("@")[2]
+        if servers.get(server, base) != base:
+            server = f"{scheme}:{server}"
+        if servers.setdefault(server, base) != base:
+            raise LalicError(f"{scheme}://{address.rpartition('@')[2]} has two user names or passwords in one list")
+        names.append(f"{server}{slash}{path}")
     if len(servers) > 1:
         return None, names, servers
     folder = os.path.commonpath([os.path.dirname(name.partition("?")[0]) for name in names])
-    scheme = urls[0].partition("://")[0]
-    return f"{scheme}://{folder}", [name[len(folder) + 1 :] for name in names], servers
+    ((server, base),) = servers.items()
+    return f"{base}{folder[len(server) :]}", [name[len(folder) + 1 :] for name in names], servers
 
 
 def _paths(label: str, folder: str, listed: Listed) -> LocalFiles:

@@ -44,7 +44,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if os.environ.get("LALIC_TRACEBACK") or error.errno not in _FORESEEN:
             raise
-        fail(f"{_FORESEEN[error.errno]}: {error.filename or error}")
+        fail(f"{_FORESEEN[error.errno]}: {error.filename2 or error.filename or error}")
     except RuntimeError as error:
         if os.environ.get("LALIC_TRACEBACK") or not is_out_of_memory(error):
             raise
