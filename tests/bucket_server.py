@@ -45,6 +45,8 @@ class Bucket:
     """S3's habit: the MD5 of the file."""
     chunked: str = ""
     """A path that is sent in chunks, without its size, as pages are that a program makes."""
+    endless: str = ""
+    """A path whose answers never end."""
     redirect: str = ""
     """A path that leads to itself."""
     url: str = ""
@@ -129,20 +131,24 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             self._status(404, [])
             return
-        if path == bucket.chunked:
-            self._send_chunks(data, body)
+        if path in (bucket.chunked, bucket.endless):
+            self._send_chunks(data, body, 206 if wanted else 200, endless=path == bucket.endless)
             return
         self._send(path, data, wanted, kind, body)
 
-    def _send_chunks(self, data: bytes, body: bool) -> None:
-        self.send_response(200)
+    def _send_chunks(self, data: bytes, body: bool, status: int, endless: bool) -> None:
+        self.send_response(status)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for start in range(0, len(data) if body else 0, 64):
-            part = data[start : start + 64]
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-        if body:
+        if not body:
+            return
+        try:
+            for start in range(0, 1 << 62 if endless else len(data), 64):
+                part = data[:64] if endless else data[start : start + 64]
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:
+            self.close_connection = True
 
     def _status(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.send_response(status)

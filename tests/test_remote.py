@@ -13,7 +13,17 @@ import pytest
 from bucket_server import KINDS, Bucket, Fault, forget_credentials, serve, serve_s3
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteError, RemoteMissing, RemoteRefused, _retry_after, is_url, join_url
+from lalic.remote import (
+    Patience,
+    Remote,
+    RemoteError,
+    RemoteMissing,
+    RemoteRefused,
+    RemoteTooLarge,
+    _retry_after,
+    is_url,
+    join_url,
+)
 
 QUICK = Patience(attempts=5, first_delay=0.01, most_delay=0.05, silence=2.0)
 DATA = random.Random(5).randbytes(300_000)
@@ -101,6 +111,15 @@ def test_a_retry_after_that_says_nothing(told):
     error = OSError()
     error.headers = {"Retry-After": told}
     assert _retry_after(error) is None
+
+
+@pytest.mark.timeout(30)
+def test_a_body_without_end_is_not_read_into_memory(bucket):
+    bucket.endless = "train/a.jpg"
+    with pytest.raises(RemoteTooLarge, match="is too large"):
+        place(bucket).fetch("train/a.jpg", most=100_000)
+    with pytest.raises(RemoteError, match="bytes came where 1000 were asked for"):
+        place(bucket).read("train/a.jpg", 0, 1000)
 
 
 def test_a_redirection_without_end_is_called_so(bucket):
