@@ -217,6 +217,24 @@ def test_numbers_beyond_all_measure_are_one_line(tmp_path, capsys, flags):
     assert caught.value.code == 2 and "too large" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--endpoint", "http://127.0.0.1:9"], ["--rate-limit", "1MB"], ["--request-limit", "5"], ["--no-checksums"]],
+)
+def test_an_option_that_would_do_nothing_is_refused(photos, tmp_path, flags):
+    with pytest.raises(LalicError, match=f"{flags[0]}.* goes with"):
+        main(["--input", str(photos), "--output", str(tmp_path / "out"), "--workers", "0", *flags])
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_the_network_are_taken_where_there_is_one(tmp_path):
+    with serve(Bucket({f"{n}.jpg": encode(picture(n, 300, 300), "JPEG") for n in range(3)})) as server:
+        (tmp_path / "list.txt").write_text("".join(f"{server.url}/{n}.jpg\n" for n in range(3)))
+        flags = ["--rate-limit", "9MB", "--request-limit", "500", "--no-checksums", "--workers", "0"]
+        assert main(["--input", str(tmp_path / "list.txt"), "--output", str(tmp_path / "out"), *flags]) == 0
+    assert len(keys(tmp_path / "out")) == 3
+
+
 def test_an_output_without_a_name_is_not_the_present_folder(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(LalicError, match="--output: is empty"):
