@@ -76,7 +76,8 @@ def open_source(
 def _open_tars(places: list[str], access: Access, most: int) -> Tars:
     for place in places:
         if not is_url(place) and not os.path.isfile(place):
-            raise LalicError(f"--input {place}: no such tar")
+            what = "is a pipe or a device, not a file" if os.path.exists(place) else "no such tar"
+            raise LalicError(f"--input {place}: {what}")
     return Tars(places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else ""), places, access, most=most)
 
 

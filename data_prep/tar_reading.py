@@ -34,6 +34,16 @@ class CheckedHeader(tarfile.TarInfo):
             raise TarDamaged(f"is damaged ({error})") from error
 
 
+def begins_a_tar(data: bytes) -> int | None:
+    """Where, behind zeros, a member's header stands in `data`, whole blocks from a tar; None where none does."""
+    start = (len(data) - len(data.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    try:
+        tarfile.TarInfo.frombuf(data[start : start + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return start
+
+
 class Forward:
     """What tarfile needs of a file, forwards only, and no more at once than any member may need."""
 
