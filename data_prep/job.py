@@ -27,7 +27,7 @@ from .index_file import IndexedShard, write_index
 from .keys import free_key
 from .manifest import ShardSum, write_manifest
 from .opening import open_source
-from .output import LocalFolder, full_disk_in_one_line
+from .output import LocalFolder, full_disk_in_one_line, local_disk
 from .places import check_manifest_place, output_folder
 from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
 from .sources import Cursor, Source
@@ -90,7 +90,8 @@ def run_job(
     try:
         with (
             full_disk_in_one_line(
-                folder.where, lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe"
+                *local_disk(folder, scratch),
+                lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe",
             ),
             JobState.open(folder, job) as state,
             tempfile.TemporaryDirectory() as passing,
@@ -196,7 +197,7 @@ class Sharding:
 
     def freeze(self, manifest: str | Path, endpoint: str | None) -> None:
         """Write the manifest of what is in the shards."""
-        with full_disk_in_one_line(str(manifest), lambda: "the shards and their index are complete", "--manifest"):
+        with full_disk_in_one_line("--manifest", str(manifest), lambda: "the shards and their index are complete"):
             digest = write_manifest(manifest, asdict(self.options), self.shards, self._records(), endpoint)
         print(f"{manifest}: manifest of {self.kept} images, sha256 of its rows {digest}")
 

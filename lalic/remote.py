@@ -61,6 +61,7 @@ _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
 _MOST_ASKED = 300.0
 """Seconds of a Retry-After that are waited."""
+_SILENT = 10.0
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
 # Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
 # inherited it does not have, one second for each, even in the thread that serves its own.
@@ -229,6 +230,7 @@ class Remote:
 
         `what` names the thing in messages. Raises RemoteMissing or RemoteError.
         """
+        began, told = time.monotonic(), False
         for attempt in range(1, self.patience.attempts + 1):
             try:
                 return action()
@@ -245,7 +247,10 @@ class Remote:
                     ) from error
                 delay = self.patience.delay(attempt, _retry_after(error))
                 self.retries += 1
-                level = logging.WARNING if attempt == 4 else logging.DEBUG
+                # One line is enough, but nobody shall wait for long without one.
+                tell = not told and (attempt >= 4 or time.monotonic() - began > _SILENT)
+                told = told or tell
+                level = logging.WARNING if tell else logging.DEBUG
                 logger.log(level, "%s: %s; attempt %d in %.1f s", what, _reason(error), attempt + 1, delay)
                 time.sleep(delay)
         raise AssertionError("unreachable: the last attempt returns or raises")

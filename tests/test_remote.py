@@ -128,6 +128,13 @@ def test_a_redirection_without_end_is_called_so(bucket):
         Remote(bucket.url, patience=QUICK).read("a.jpg")
 
 
+def test_a_long_wait_is_told_before_the_fourth_attempt(caplog, monkeypatch):
+    monkeypatch.setattr("lalic.remote._SILENT", 0.02)
+    with pytest.raises(RemoteError, match="3 attempts"):
+        Remote("http://127.0.0.1:9", patience=Patience(attempts=3, first_delay=0.1)).read("a")
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
 def test_nobody_there():
     with pytest.raises(RemoteError, match="2 attempts"):
         Remote("http://127.0.0.1:9", patience=Patience(attempts=2, first_delay=0.01)).read("a")

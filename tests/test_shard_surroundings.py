@@ -154,6 +154,23 @@ def stop(sharding, number, start, cursor, progress):
     raise KeyboardInterrupt
 
 
+def test_a_full_staging_disk_is_called_by_its_name(tmp_path, monkeypatch):
+    def refuse(spool, place, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, "put", refuse)
+    with serve(Bucket()) as server, pytest.raises(LalicError, match=f"--staging {tmp_path}/staging: cannot be written"):
+        source = remote_images(server, range(3))
+        run_job(source, "memory://full", SMALL, workers=0, scratch=tmp_path / "staging")
+
+
+def test_a_staging_that_is_a_file_is_called_by_its_name(photos, tmp_path):
+    run_job(photos, tmp_path / "out", SMALL, workers=0, manifest=tmp_path / "m.csv")
+    options = {"label": "in", "workers": 1, "staging": tmp_path / "m.csv"}
+    with pytest.raises(LalicError, match=r"--staging .*m.csv: is not a folder"):
+        run_rebuild(tmp_path / "m.csv", finders(str(photos), 1), "memory://again", **options)
+
+
 def test_the_spool_removes_nothing_that_is_not_its_own(tmp_path):
     (tmp_path / "spool" / "folder").mkdir(parents=True)
     (tmp_path / "spool" / "precious.txt").write_text("x")
