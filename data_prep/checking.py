@@ -49,7 +49,7 @@ def check_shards(
     """
     folder = readable_folder(where, endpoint)
     index, extensions = _load_index(folder)
-    frozen = Manifest.load(manifest) if manifest is not None else None
+    frozen = Manifest.load(manifest, "--manifest") if manifest is not None else None
     problems = _Problems()
     if isinstance(folder, ServedFolder):
         logger.info("%s cannot be listed: files that the index does not name are not looked for", where)

@@ -19,11 +19,14 @@ from .job import Options, run_job
 from .lists import SUBSETS
 from .opening import OPENIMAGES, open_source
 from .rebuild import run_rebuild
-from .remote_files import Access
+from .remote_files import Access, RemoteFiles
 from .sources import Source
 from .validation import CHECKS, Limits
 from .writer import LEAST_SHARD_SIZE
 
+# More than any file system takes; sizes are int64 in a manifest's arrays.
+_MOST_SHARD_SIZE = 1 << 60
+_S3 = ("s3://", "s3a://")
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FIXED_BY_MANIFEST = {
     *("limit", "shard_size", "min_side", "max_pixels", "seed", "prefix", "keep_duplicates", "check", "manifest")
@@ -69,7 +72,28 @@ def _source(arguments: argparse.Namespace, limits: Limits) -> Source:
         requests_per_second=arguments.request_limit,
         sums=not arguments.no_checksums,
     )
-    return open_source(arguments.input, access, bucket=arguments.bucket, subset=arguments.subset, limits=limits)
+    source = open_source(arguments.input, access, bucket=arguments.bucket, subset=arguments.subset, limits=limits)
+    _refuse_idle(arguments, source)
+    return source
+
+
+def _refuse_idle(arguments: argparse.Namespace, source: Source) -> None:
+    """LalicError for an option that would do nothing: who asks for a limit shall not think that it is kept."""
+    fetched = isinstance(source, RemoteFiles) or any(is_url(place) for place in arguments.input)
+    idle = {
+        "--rate-limit": arguments.rate_limit is not None and not fetched,
+        "--request-limit": arguments.request_limit is not None and not fetched,
+        "--no-checksums": arguments.no_checksums and not isinstance(source, RemoteFiles),
+    }
+    for flag, does_nothing in idle.items():
+        if does_nothing:
+            raise LalicError(f"{flag} goes with an input that lies elsewhere, not with --input {arguments.input[0]}")
+    places = [*arguments.input, arguments.output, arguments.bucket, arguments.manifest]
+    s3 = any(str(place).startswith(_S3) for place in places)
+    if isinstance(source, RemoteFiles):
+        s3 = s3 or any(root.startswith(_S3) for root in [source.root or "", *source.servers.values()])
+    if arguments.endpoint is not None and not s3:
+        raise LalicError(f"--endpoint {arguments.endpoint} goes with s3:// in --input, --bucket or --output")
 
 
 def _rebuild(arguments: argparse.Namespace, argv: Sequence[str] | None) -> None:
@@ -98,6 +122,8 @@ def parse_size(text: str) -> int:
     size = _bytes(text)
     if size < LEAST_SHARD_SIZE:
         raise argparse.ArgumentTypeError(f"{text!r} is too small, a shard has at least {LEAST_SHARD_SIZE} bytes")
+    if size > _MOST_SHARD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is too large, a shard has at most {_MOST_SHARD_SIZE} bytes")
     return size
 
 

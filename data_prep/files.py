@@ -14,11 +14,12 @@ import numpy as np
 
 from lalic.data.images import suffix_of, walk_files
 from lalic.data.order import shuffled
+from lalic.errors import LalicError
 
 from .keys import make_keys
 from .parts import in_order
 from .sources import SUFFIXES, Candidate, Cursor
-from .validation import Checked
+from .validation import Checked, open_regular
 
 
 class Files:
@@ -83,12 +84,26 @@ class LocalFiles(Files):
     ) -> None:
         super().__init__(label, names, ignored, keys)
         self.root = str(root)
+        self._root_was = _folder_at(self.root)
+        self.listed = False
+        """Whether the names were found in the folder, so that every one had a folder to lie in."""
 
     def candidates(self, position: int, cursor: Cursor | None) -> Generator[Candidate, None, None]:
         for place in range(position, len(self.order)):
             number = int(self.order[place])
             name = self.names[number]
             yield Candidate(name, (self.keys[number],), os.path.join(self.root, name))
+
+    def second_look(self, candidate: Candidate, checked: Checked) -> Candidate | None:
+        """A file that cannot be read is left out; but where its folder went away, so did the images behind it."""
+        if checked.reason == "cannot be read":
+            folder = os.path.dirname(candidate.path)
+            if _folder_at(self.root) != self._root_was or (self.listed and not os.path.isdir(folder)):
+                raise LalicError(
+                    f"--input {self.label}: the folder {folder} is gone or another one since this run began (a drive "
+                    "that is no longer mounted?); put it back and run the same command again"
+                )
+        return None
 
     def find(self, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:
         return self._read(self._numbers(keys))
@@ -105,6 +120,15 @@ class LocalFiles(Files):
                     yield self.keys[number], data
 
 
+def _folder_at(path: str) -> tuple[int, int] | None:
+    """What lies at `path`: an empty mount point is another folder than what was mounted on it."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
@@ -114,7 +138,7 @@ def _size(path: str) -> int:
 
 def _content(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read()
     except OSError:
         return None
@@ -130,7 +154,9 @@ def list_folder(root: Path) -> LocalFiles:
         else:
             ignored[other_kind(name)] += 1
     # By bytes: the same order in every locale.
-    return LocalFiles(str(root), root, sorted(names, key=os.fsencode), ignored)
+    files = LocalFiles(str(root), root, sorted(names, key=os.fsencode), ignored)
+    files.listed = True
+    return files
 
 
 def other_kind(name: str) -> str:

@@ -18,6 +18,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from lalic.errors import LalicError
+from lalic.remote import is_url
 
 from .manifest import COLUMNS, VERSION, unescape_source
 from .writer import BLOCK, EXTENSIONS, MOST_SAMPLE_BYTES, SAFE_KEY, padded, tar_size
@@ -87,8 +88,8 @@ class Manifest:
     """Escaped, as in the file."""
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
-        """Read and check a manifest, compressed or not.
+    def load(cls, path: str | Path, flag: str = "--from-manifest") -> Manifest:
+        """Read and check a manifest, compressed or not. `flag`: what messages call the option that gave `path`.
 
         Raises LalicError: missing, cut, damaged, not a manifest, or a row that cannot be (naming its line).
         """
@@ -97,13 +98,14 @@ class Manifest:
             with open(path, "rb") as file:
                 return _Reader(_unpacked(file)).read()
         except FileNotFoundError:
-            raise LalicError(f"--from-manifest {path}: no such file") from None
+            what = "is a URL: fetch the file first" if is_url(path) else "no such file"
+            raise LalicError(f"{flag} {path}: {what}") from None
         except _ManifestError as error:
-            raise LalicError(f"--from-manifest {path}: {error}; {remedy}") from error
+            raise LalicError(f"{flag} {path}: {error}; {remedy}") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise LalicError(f"--from-manifest {path}: is damaged or cut short ({error}); {remedy}") from error
+            raise LalicError(f"{flag} {path}: is damaged or cut short ({error}); {remedy}") from error
         except OSError as error:
-            raise LalicError(f"--from-manifest {path}: cannot be read ({error.strerror or error})") from error
+            raise LalicError(f"{flag} {path}: cannot be read ({error.strerror or error})") from error
 
     def __len__(self) -> int:
         return len(self.size)
@@ -152,6 +154,9 @@ class _Reader:
             rest = lines.pop()
             if len(rest) > _PART:
                 raise _ManifestError(f"line {self._line(len(lines))} is endless")
+            if len(self.keys) + len(lines) > head["samples"]:
+                # Not after the last one: what a few kilobytes unpack to need not fit in memory.
+                raise _ManifestError(f"has more rows than the {head['samples']} of its first line: edited")
             self._take(lines)
         if rest:
             raise _ManifestError("is cut short in its last line")

@@ -7,11 +7,13 @@ first N usable images of the input, although nothing is read twice.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +27,8 @@ from .index_file import IndexedShard, write_index
 from .keys import free_key
 from .manifest import ShardSum, write_manifest
 from .opening import open_source
-from .output import LocalFolder, full_disk_in_one_line
-from .places import output_folder
+from .output import LocalFolder, full_disk_in_one_line, local_disk
+from .places import check_manifest_place, output_folder
 from .report import LEFT_OUT_NAME, LeftOut, Progress, write_left_out
 from .sources import Cursor, Source
 from .state import STATE_FOLDER, JobState, ShardRecord
@@ -74,6 +76,8 @@ def run_job(
     stays).
     """
     folder = output_folder(output, endpoint)
+    if manifest is not None:
+        check_manifest_place(manifest, folder, (INDEX_NAME, LEFT_OUT_NAME), endpoint)
     limits = Limits(options.min_side, options.max_pixels, options.check)
     if isinstance(source, (str, Path, Sequence)):
         source = open_source(source, limits=limits)
@@ -86,17 +90,22 @@ def run_job(
     try:
         with (
             full_disk_in_one_line(
-                folder.where, lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe"
+                *local_disk(folder, scratch),
+                lambda: f"{len(sharding.shards) if sharding else 0} finished shards are safe",
             ),
             JobState.open(folder, job) as state,
             tempfile.TemporaryDirectory() as passing,
         ):
-            if scratch is None:
+            if scratch is not None:
+                scratch = Path(scratch) / _scratch_name(folder.where, job)
+            else:
                 scratch = folder.folder / STATE_FOLDER if isinstance(folder, LocalFolder) else passing
             source.prepare(Path(scratch), options.limit, options.seed)
             sharding = Sharding(state, source, options, pool)
             sharding.run()
             source.close()
+            with suppress(OSError):
+                Path(scratch).rmdir()  # of this job in --staging; any other one holds more
             sharding.finish()
             if manifest is not None:
                 sharding.freeze(manifest, endpoint)
@@ -109,6 +118,11 @@ def run_job(
         pool.close()
     if source.count is None:
         _log_ignored(source)
+
+
+def _scratch_name(where: str, job: dict[str, Any]) -> str:
+    """A folder of each job's own: what another one has kept for the same place of its order is another image."""
+    return f"job-{hashlib.sha256(json.dumps([where, job]).encode()).hexdigest()[:16]}"
 
 
 def _log_ignored(source: Source) -> None:
@@ -183,7 +197,8 @@ class Sharding:
 
     def freeze(self, manifest: str | Path, endpoint: str | None) -> None:
         """Write the manifest of what is in the shards."""
-        digest = write_manifest(manifest, asdict(self.options), self.shards, self._records(), endpoint)
+        with full_disk_in_one_line("--manifest", str(manifest), lambda: "the shards and their index are complete"):
+            digest = write_manifest(manifest, asdict(self.options), self.shards, self._records(), endpoint)
         print(f"{manifest}: manifest of {self.kept} images, sha256 of its rows {digest}")
 
     def _build(self, number: int, start: int, cursor: Cursor | None, progress: Progress) -> ShardRecord:

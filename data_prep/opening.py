@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections import Counter
@@ -75,7 +76,8 @@ def open_source(
 def _open_tars(places: list[str], access: Access, most: int) -> Tars:
     for place in places:
         if not is_url(place) and not os.path.isfile(place):
-            raise LalicError(f"--input {place}: no such tar")
+            what = "is a pipe or a device, not a file" if os.path.exists(place) else "no such tar"
+            raise LalicError(f"--input {place}: {what}")
     return Tars(places[0] + (f" and {len(places) - 1} more" if len(places) > 1 else ""), places, access, most=most)
 
 
@@ -111,8 +113,10 @@ class _Opening:
             return self._from_bucket()
         folder, _, name = self.place.rpartition("/")
         remote = self.access.remote(folder, encoded=True)
-        stream = RemoteStream(remote, name, remote.info(name).size or 0, self.access.throttle())
-        with stream:
+        size = remote.info(name).size
+        # Without a size there are no ranges to ask for.
+        whole = remote.read(name) if size is None else b""
+        with io.BytesIO(whole) if size is None else RemoteStream(remote, name, size, self.access.throttle()) as stream:
             return self._from_list(read_list(cast(IO[bytes], stream), self.place, self.subset), None)
 
     def _from_bucket(self) -> RemoteFiles:
@@ -180,15 +184,21 @@ def split_urls(urls: Sequence[str]) -> tuple[str | None, list[str], dict[str, st
     servers: dict[str, str] = {}
     names = []
     for url in urls:
-        scheme, _, name = url.partition("://")
-        server = name.partition("/")[0]
-        servers.setdefault(server, f"{scheme}://{server}")
-        names.append(name)
+        scheme, _, rest = url.partition("://")
+        address, slash, path = rest.partition("/")
+        base = f"{scheme}://{address}"
+        # A password is no part of a name, which stands in manifests.
+        server = address.rpartition("@")[2]
+        if servers.get(server, base) != base:
+            server = f"{scheme}:{server}"
+        if servers.setdefault(server, base) != base:
+            raise LalicError(f"{scheme}://{address.rpartition('@')[2]} has two user names or passwords in one list")
+        names.append(f"{server}{slash}{path}")
     if len(servers) > 1:
         return None, names, servers
     folder = os.path.commonpath([os.path.dirname(name.partition("?")[0]) for name in names])
-    scheme = urls[0].partition("://")[0]
-    return f"{scheme}://{folder}", [name[len(folder) + 1 :] for name in names], servers
+    ((server, base),) = servers.items()
+    return f"{base}{folder[len(server) :]}", [name[len(folder) + 1 :] for name in names], servers
 
 
 def _paths(label: str, folder: str, listed: Listed) -> LocalFiles:
@@ -211,6 +221,6 @@ def _path_of(place: str) -> str:
 
 
 def _nothing(source: Source, place: str) -> str:
-    if os.path.isfile(place):
+    if not os.path.isdir(place) and (not is_url(place) or _LIST.search(_path_of(place))):
         return "no path in it"
     return f"no file with the suffix {', '.join(sorted(SUFFIXES))}"

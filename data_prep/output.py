@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -96,15 +97,15 @@ class OutputFolder(ABC):
 
 
 @contextmanager
-def full_disk_in_one_line(where: str, safe: Callable[[], str]) -> Iterator[None]:
-    """Turn the errors of a full disk into a LalicError; `safe()` says what is kept."""
+def full_disk_in_one_line(flag: str, where: str, safe: Callable[[], str]) -> Iterator[None]:
+    """Turn the errors of a full disk into a LalicError; `flag` named `where`, `safe()` says what is kept."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise LalicError(
-            f"--output {where}: cannot be written on ({error.strerror}), {safe()}: "
+            f"{flag} {where}: cannot be written on ({error.strerror}), {safe()}: "
             "make room and run the same command again"
         ) from error
 
@@ -112,15 +113,16 @@ def full_disk_in_one_line(where: str, safe: Callable[[], str]) -> Iterator[None]
 class LocalFolder(OutputFolder):
     """A folder of this machine (or of a file system that it has mounted)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flag: str = "--output") -> None:
+        """`flag`: what messages call the option that named it."""
         super().__init__(str(folder))
-        self.folder = folder
+        self.folder, self.flag = folder, flag
 
     def prepare(self, state: str) -> None:
         try:
             (self.folder / state).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise LalicError(f"--output {self.where}: is not a folder") from error
+            raise LalicError(f"{self.flag} {self.where}: is not a folder") from error
 
     @contextmanager
     def held(self, lock: str) -> Iterator[None]:
@@ -129,7 +131,7 @@ class LocalFolder(OutputFolder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise LalicError(
-                    f"--output {self.where}: another process is writing shards into it; wait for it to end"
+                    f"{self.flag} {self.where}: another process is writing shards into it; wait for it to end"
                 ) from None
             except OSError as error:
                 # Some network file systems have no locks; there the user has to take care.
@@ -167,3 +169,10 @@ class LocalFolder(OutputFolder):
 
     def remove_uploads(self, pattern: re.Pattern[str]) -> None:
         pass
+
+
+def local_disk(output: OutputFolder, staging: str | Path | None) -> tuple[str, str]:
+    """The option, and the folder of this machine, that a job writes into."""
+    if isinstance(output, LocalFolder):
+        return "--output", output.where
+    return "--staging", str(staging or tempfile.gettempdir())

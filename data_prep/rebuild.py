@@ -25,7 +25,7 @@ from lalic.files import fsync_folder
 
 from .frozen import Manifest
 from .index_file import IndexedShard, write_index
-from .output import LocalFolder, full_disk_in_one_line
+from .output import LocalFolder, full_disk_in_one_line, local_disk
 from .parts import Parts, in_order
 from .places import output_folder
 from .report import Progress, write_table
@@ -75,11 +75,13 @@ def run_rebuild(
     try:
         with ExitStack() as stack:
             stack.enter_context(
-                full_disk_in_one_line(folder.where, lambda: f"{rebuild.done if rebuild else 0} samples are safe")
+                full_disk_in_one_line(
+                    *local_disk(folder, staging), lambda: f"{rebuild.done if rebuild else 0} samples are safe"
+                )
             )
             state = stack.enter_context(JobState.open(folder, job))
             if not isinstance(folder, LocalFolder):
-                local = LocalFolder(under_way)
+                local = LocalFolder(under_way, "--staging")
                 local.prepare("")
                 stack.enter_context(local.held(f".{manifest.prefix}.lock"))
             rebuild = stack.enter_context(Rebuild(manifest, state, under_way, max(1, workers)))

@@ -90,7 +90,7 @@ class LeftOut:
 
     def add(self, path: str, reason: str, detail: str) -> None:
         self.reasons[reason] += 1
-        self._examples.setdefault(reason, f"{printable(path)}" + (f": {detail}" if detail else ""))
+        self._examples.setdefault(reason, _in_a_line(path) + (f": {detail}" if detail else ""))
 
     def lines(self) -> list[str]:
         """One line per reason, the most frequent first."""
@@ -112,8 +112,17 @@ def write_table(output: OutputFolder, name: str, titles: list[str], rows: Iterab
     """Write a CSV file, atomically."""
     with output.open_text(name) as file:
         table = csv.writer(file, lineterminator="\n")
+        # A carriage return ends a row for every reader; Python's writer quotes it only where it ends rows itself.
+        quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         table.writerow(titles)
-        table.writerows([printable(cell) for cell in row] for row in rows)
+        for row in rows:
+            cells = [printable(cell) for cell in row]
+            (quoted if any("\r" in cell for cell in cells) else table).writerow(cells)
+
+
+def _in_a_line(path: str) -> str:
+    """The path for a terminal, which would obey the control characters in it."""
+    return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in printable(path))
 
 
 def printable(path: str) -> str:

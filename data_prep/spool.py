@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 _NAME = re.compile(r"(\d+)-(\d+)-([0-9a-f]{64})")
+_TEMPORARY = re.compile(r"\.\d+-\d+")
 
 
 class Spool:
@@ -30,7 +31,8 @@ class Spool:
             match = _NAME.fullmatch(path.name)
             if match and path.stat().st_size == int(match[2]):
                 self._names[int(match[1])] = path.name
-            else:
+            # What has another name is somebody else's.
+            elif match or _TEMPORARY.fullmatch(path.name):
                 path.unlink()
         self._unchecked = set(self._names)
         """Places of files from an earlier run whose sums nobody has looked at."""
@@ -76,9 +78,13 @@ class Spool:
             self._drop(kept)
 
     def remove(self) -> None:
-        """Remove all of it."""
+        """Remove all of it, and the folder when nothing else is in it."""
         self._names.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                if _NAME.fullmatch(path.name) or _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def _drop(self, place: int) -> None:
         with self._lock:

@@ -27,6 +27,8 @@ _COMPLETE = f"{STATE_FOLDER}/complete.json"
 _JOB = f"{STATE_FOLDER}/job.json"
 _LOCK = f"{STATE_FOLDER}/lock"
 
+_SAMPLE_FIELDS = {"key", "ext", "offset", "size", "width", "height"}
+
 # Options that came later: what they were before there was a choice.
 _BEFORE = {"check": "full"}
 
@@ -79,7 +81,7 @@ class JobState:
         """The record of a shard that begins at `start` and stands in its place in full size, or None."""
         try:
             record = ShardRecord(**json.loads(self.output.read(_record_name(number))))
-            if record.start != start:
+            if record.start != start or not _is_record(record, self.shard_name(number)):
                 return None
             shard = record.shard
             if shard is not None and self.output.size(shard["name"]) != shard["bytes"]:
@@ -88,7 +90,7 @@ class JobState:
         except FileNotFoundError:
             return None
         # A record that somebody cut or edited is as good as none: the shard is made again.
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
     def save(self, number: int, record: ShardRecord) -> None:
@@ -124,7 +126,8 @@ class JobState:
         return [name for name in self.output.names(STATE_FOLDER) if re.fullmatch(r".*/\d+\.json", name)]
 
     def _shards(self) -> list[str]:
-        return [name for name in self.output.names() if name.startswith(f"{self.prefix}-") and name.endswith(".tar")]
+        own = re.compile(rf"{re.escape(self.prefix)}-\d{{6,}}\.tar")
+        return [name for name in self.output.names() if own.fullmatch(name)]
 
     def _take_up(self, job: dict[str, Any]) -> None:
         try:
@@ -168,6 +171,24 @@ class JobState:
 
     def _write_json(self, name: str, value: Any) -> None:
         self.output.write_text(name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _is_record(record: ShardRecord, name: str) -> bool:
+    """Whether the record is one that this program writes, for the shard `name` or for a last stretch without one."""
+    rows = all(len(row) == 3 and all(isinstance(cell, str) for cell in row) for row in record.left_out)
+    if type(record.stop) is not int or type(record.last) is not bool or not rows:
+        return False
+    if record.cursor is not None and not isinstance(record.cursor, dict):
+        return False
+    shard = record.shard
+    if shard is None:
+        return record.last
+    if shard["name"] != name or type(shard["bytes"]) is not int or not shard["samples"]:
+        return False
+    sums = [shard["sha256"], *(sample["sha256"] for sample in shard["samples"])]
+    return all(len(bytes.fromhex(digest)) == 32 for digest in sums) and all(
+        _SAMPLE_FIELDS <= sample.keys() for sample in shard["samples"]
+    )
 
 
 def _record_name(number: int) -> str:

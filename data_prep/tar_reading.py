@@ -8,6 +8,7 @@ from typing import Any
 BUFFER = 1 << 20
 # Headers with long names or PAX records are read whole. Nobody needs more; a damaged one may ask for anything.
 MOST_HEADER = 16 << 20
+_MOST_PLACE = 1 << 62
 
 
 class TarDamaged(Exception):
@@ -28,6 +29,19 @@ class CheckedHeader(tarfile.TarInfo):
             if kind in ("EmptyHeaderError", "TruncatedHeaderError"):
                 raise TarDamaged("is cut short") from error
             raise TarDamaged(f"is damaged or no tar ({error})") from error
+        # tarfile believes the numbers in the records of sparse files, and those behind a header's sum.
+        except (ValueError, OverflowError, IndexError) as error:
+            raise TarDamaged(f"is damaged ({error})") from error
+
+
+def begins_a_tar(data: bytes) -> int | None:
+    """Where, behind zeros, a member's header stands in `data`, whole blocks from a tar; None where none does."""
+    start = (len(data) - len(data.lstrip(b"\0"))) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+    try:
+        tarfile.TarInfo.frombuf(data[start : start + tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return start
 
 
 class Forward:
@@ -41,7 +55,7 @@ class Forward:
         return self._place
 
     def read(self, size: int) -> bytes:
-        if size > self.most:
+        if not 0 <= size <= self.most:
             raise TarDamaged(f"is damaged (a header of {size} bytes)")
         data: bytes = self.file.read(size)
         self._place += len(data)
@@ -53,6 +67,8 @@ class Forward:
         self.skip_to(place)
 
     def skip_to(self, place: int) -> None:
+        if place > _MOST_PLACE:
+            raise TarDamaged("is damaged (it leads beyond any file)")
         if self.file.seekable():
             self.file.seek(place)
             self._place = place

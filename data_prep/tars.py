@@ -28,10 +28,11 @@ from .keys import possible_keys
 from .remote_files import Access
 from .sources import SUFFIXES, Candidate, Cursor
 from .streams import CHUNK, RemoteStream
-from .tar_reading import BUFFER, MOST_HEADER, CheckedHeader, Forward, TarDamaged
+from .tar_reading import BUFFER, MOST_HEADER, CheckedHeader, Forward, TarDamaged, begins_a_tar
 from .validation import Checked, too_large
 
 _GZIP = b"\x1f\x8b"
+_OTHER_PACKERS = {b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _MOST_AHEAD = 8
 
 
@@ -155,10 +156,18 @@ class _Tar:
             ) from error
 
     def _check_end(self, stream: Forward) -> None:
-        """Read what follows the end of the tar: behind it stands the sum of a gzip stream."""
+        """Read what follows the end of the tar: behind it stands the sum of a gzip stream, or a second tar."""
         try:
-            while self.gunzip is not None and stream.read(BUFFER):
-                pass
+            place, zeros = stream.tell(), True
+            while rest := stream.read(BUFFER):
+                if zeros and (another := begins_a_tar(rest)) is not None:
+                    raise LalicError(
+                        f"--input {self.place}: another tar begins at byte {place + another}, behind the end of the "
+                        "first (were files put one behind the other?); its images would be lost: make two tars of it"
+                    )
+                place, zeros = place + len(rest), zeros and not rest.strip(b"\0")
+                if self.gunzip is None:
+                    return  # the end of a plain tar is filled up with far less
         except GzipError as error:
             raise LalicError(
                 f"--input {self.place}: the gzip stream is {error}, so images from it may be damaged: get the file "
@@ -168,7 +177,11 @@ class _Tar:
     def _open(self) -> Any:
         """The tar itself, at the cursor's place."""
         cursor = self.cursor
-        gzipped = bool(cursor["gzip"] is not None) if cursor else self.file.peek(2)[:2] == _GZIP
+        head = b"" if cursor else self.file.peek(8)
+        gzipped = bool(cursor["gzip"] is not None) if cursor else head[:2] == _GZIP
+        other = next((name for magic, name in _OTHER_PACKERS.items() if head.startswith(magic)), None)
+        if other:
+            raise LalicError(f"--input {self.place}: is packed by {other}; only .tar and .tar.gz can be read")
         if not gzipped:
             if cursor:
                 self.file.seek(cursor["offset"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
@@ -21,6 +23,12 @@ CHECKS = ("full", "headers")
 """full: all of the image is decoded. headers: kind, size and orientation, a JPEG's end, a PNG's sums."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+_NOT_THE_FILES = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN}
+)
+"""Errors that say nothing of the file that was to be read."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +116,35 @@ def image_extension(data: bytes, name: str) -> str:
     raise ImageError(name, "not an image", "neither JPEG, PNG nor WebP")
 
 
+def open_regular(path: str) -> IO[bytes]:
+    """Open a file for reading; OSError for what is none, such as a pipe, which would be waited for without end."""
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "a pipe, a device or a folder, not a file")
+    return descriptor
+
+
 def _read(path: str, limits: Limits) -> bytes:
     most = most_bytes(limits)
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 large = too_large(size, most)
                 raise ImageError(path, large.reason, large.detail)
             return file.read()
     except OSError as error:
+        if error.errno in _NOT_THE_FILES:
+            # Leaving the image out would make the result depend on the machine.
+            raise LalicError(
+                f"{path}: cannot be read ({error.strerror}); the fault is this machine's or its network drive's, not "
+                "the image's: mend it and run the same command again"
+            ) from error
         raise ImageError(path, "cannot be read", error.strerror or str(error)) from error
 
 

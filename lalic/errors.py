@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -24,6 +25,9 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
 
     Set LALIC_TRACEBACK=1 to see the traceback instead. Anything that is not foreseen keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name that this terminal's encoding does not have is no reason to end in the last line.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
     except KeyboardInterrupt:
@@ -40,7 +44,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     except OSError as error:
         if os.environ.get("LALIC_TRACEBACK") or error.errno not in _FORESEEN:
             raise
-        fail(f"{_FORESEEN[error.errno]}: {error.filename or error}")
+        fail(f"{_FORESEEN[error.errno]}: {error.filename2 or error.filename or error}")
     except RuntimeError as error:
         if os.environ.get("LALIC_TRACEBACK") or not is_out_of_memory(error):
             raise

@@ -21,6 +21,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
@@ -58,6 +59,9 @@ T = TypeVar("T")
 
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
+_MOST_ASKED = 300.0
+"""Seconds of a Retry-After that are waited."""
+_SILENT = 10.0
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
 # Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
 # inherited it does not have, one second for each, even in the thread that serves its own.
@@ -226,6 +230,7 @@ class Remote:
 
         `what` names the thing in messages. Raises RemoteMissing or RemoteError.
         """
+        began, told = time.monotonic(), False
         for attempt in range(1, self.patience.attempts + 1):
             try:
                 return action()
@@ -242,7 +247,10 @@ class Remote:
                     ) from error
                 delay = self.patience.delay(attempt, _retry_after(error))
                 self.retries += 1
-                level = logging.WARNING if attempt == 4 else logging.DEBUG
+                # One line is enough, but nobody shall wait for long without one.
+                tell = not told and (attempt >= 4 or time.monotonic() - began > _SILENT)
+                told = told or tell
+                level = logging.WARNING if tell else logging.DEBUG
                 logger.log(level, "%s: %s; attempt %d in %.1f s", what, _reason(error), attempt + 1, delay)
                 time.sleep(delay)
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -315,15 +323,20 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _retry_after(error: Exception) -> float | None:
-    headers = getattr(error, "headers", None) or {}
+    """Seconds that the server asks for, as a number or as a date; None when it does not say."""
+    text = str((getattr(error, "headers", None) or {}).get("Retry-After", "")).strip()
     try:
-        return min(300.0, float(headers.get("Retry-After", "")))
-    except ValueError:
+        number = text.replace(".", "", 1).isdecimal()
+        seconds = float(text) if number else parsedate_to_datetime(text).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
         return None
+    return min(_MOST_ASKED, max(0.0, seconds))
 
 
 def _reason(error: Exception) -> str:
     status = getattr(error, "status", None)
+    if type(error).__name__ == "TooManyRedirects":
+        return "the server sends from one address to the next without end"
     if isinstance(status, int):
         return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)) or "Timeout" in type(error).__name__:

@@ -56,7 +56,7 @@ def read(system: Any, url: str, start: int | None, stop: int | None, most: int |
         return Fetched(b"", {})
     part = None if wanted is None else f"bytes={start}-{int(stop or 0) - 1}"
     if "http" in system.protocol:
-        found = sync(system.loop, _read_http, system, url, part, most)
+        found = sync(system.loop, _read_http, system, url, part, most, wanted)
     elif "s3" in system.protocol:
         found = sync(system.loop, _read_s3, system, url, part, most)
     else:
@@ -68,7 +68,7 @@ def read(system: Any, url: str, start: int | None, stop: int | None, most: int |
     return found
 
 
-async def _read_http(system: Any, url: str, part: str | None, most: int | None) -> Fetched:
+async def _read_http(system: Any, url: str, part: str | None, most: int | None, wanted: int | None) -> Fetched:
     """As fsspec's HTTP does it, but it notices a server that answers a range with the whole file."""
     headers = {"Accept-Encoding": "identity", **({"Range": part} if part else {})}
     session = await system.set_session()
@@ -78,7 +78,18 @@ async def _read_http(system: Any, url: str, part: str | None, most: int | None) 
             raise NoRanges
         told = {name.lower(): value for name, value in answer.headers.items()}
         _check_size(url, answer.content_length, most)
-        return Fetched(await answer.read(), told)
+        return Fetched(await _body(answer, most if wanted is None else wanted), told)
+
+
+async def _body(answer: Any, most: int | None) -> bytes:
+    """The body, broken off behind `most` bytes: one without a length, or one that is packed, may have any number."""
+    parts, size = [], 0
+    async for part in answer.content.iter_any():
+        parts.append(part)
+        size += len(part)
+        if most is not None and size > most:
+            break
+    return b"".join(parts)
 
 
 async def _read_s3(system: Any, url: str, part: str | None, most: int | None) -> Fetched:

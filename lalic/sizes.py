@@ -20,7 +20,10 @@ def parse_size(text: str) -> Size:
     if not match:
         raise LalicError(f"{text!r} is no size; examples: 536870912, 512MiB, 1GB")
     number, unit, suffix = (part.upper() for part in match.groups())
-    return Size(float(number) * (1000 if suffix == "B" else 1024) ** _UNITS[unit])
+    try:
+        return Size(float(number) * (1000 if suffix == "B" else 1024) ** _UNITS[unit])
+    except OverflowError:
+        raise LalicError(f"{text[:40]}... is too large for a size") from None
 
 
 def size_text(size: int) -> str:

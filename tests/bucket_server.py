@@ -43,6 +43,12 @@ class Bucket:
     """Seconds before every answer."""
     etags: bool = True
     """S3's habit: the MD5 of the file."""
+    chunked: str = ""
+    """A path that is sent in chunks, without its size, as pages are that a program makes."""
+    endless: str = ""
+    """A path whose answers never end."""
+    redirect: str = ""
+    """A path that leads to itself."""
     url: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range header) in order."""
@@ -118,11 +124,31 @@ class _Handler(BaseHTTPRequestHandler):
         if kind.isdigit():
             self._status(int(kind), [("Retry-After", "0")] if kind in ("429", "503") else [])
             return
+        if path == bucket.redirect:
+            self._status(302, [("Location", self.path)])
+            return
         data = bucket.files.get(path)
         if data is None:
             self._status(404, [])
             return
+        if path in (bucket.chunked, bucket.endless):
+            self._send_chunks(data, body, 206 if wanted else 200, endless=path == bucket.endless)
+            return
         self._send(path, data, wanted, kind, body)
+
+    def _send_chunks(self, data: bytes, body: bool, status: int, endless: bool) -> None:
+        self.send_response(status)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if not body:
+            return
+        try:
+            for start in range(0, 1 << 62 if endless else len(data), 64):
+                part = data[:64] if endless else data[start : start + 64]
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+            self.wfile.write(b"0\r\n\r\n")
+        except ConnectionError:
+            self.close_connection = True
 
     def _status(self, status: int, headers: list[tuple[str, str]]) -> None:
         self.send_response(status)

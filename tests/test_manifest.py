@@ -313,6 +313,7 @@ BAD = {
     "rows swapped": (lambda lines: [*lines[:4], lines[5], lines[4], *lines[6:]], "is not in its place"),
     "end gone": (lambda lines: lines[:20], "cut short in its last line"),
     "end gone at a line": (lambda lines: [*lines[:20], ""], "has 18 rows, its first line says 40"),
+    "more rows": (lambda lines: [*lines[:-1], *lines[2:]], "has more rows than the 40 of its first line"),
     "titles": (lambda lines: [lines[0], "a,b", *lines[2:]], "has other columns than id"),
     "no head": (lambda lines: lines[1:], "is no manifest of this program"),
     "foreign": (lambda lines: ["# {}", *lines[1:]], "is no manifest of this program"),

@@ -7,12 +7,23 @@ import multiprocessing
 import pickle
 import random
 import time
+from email.utils import formatdate
 
 import pytest
 from bucket_server import KINDS, Bucket, Fault, forget_credentials, serve, serve_s3
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteError, RemoteMissing, RemoteRefused, is_url, join_url
+from lalic.remote import (
+    Patience,
+    Remote,
+    RemoteError,
+    RemoteMissing,
+    RemoteRefused,
+    RemoteTooLarge,
+    _retry_after,
+    is_url,
+    join_url,
+)
 
 QUICK = Patience(attempts=5, first_delay=0.01, most_delay=0.05, silence=2.0)
 DATA = random.Random(5).randbytes(300_000)
@@ -75,6 +86,54 @@ def test_a_server_without_ranges_is_named(bucket):
     bucket.ranges = False
     with pytest.raises(RemoteError, match="does not send parts"):
         place(bucket).read("train/a.jpg", 5, 10)
+
+
+@pytest.mark.parametrize(
+    "told, least, most",
+    [
+        ("3", 3, 3),
+        ("0.5", 0.5, 0.5),
+        ("86400", 300, 300),
+        (100, 50, 101),
+        (-100, 0, 0),
+        (1_000_000, 300, 300),
+    ],
+    ids=["seconds", "half a second", "a day", "a date", "a date that has passed", "a date far away"],
+)
+def test_retry_after_is_a_number_of_seconds_or_a_date(told, least, most):
+    """Numbers stand for a date so many seconds from now."""
+    error = OSError()
+    error.headers = {"Retry-After": told if isinstance(told, str) else formatdate(time.time() + told, usegmt=True)}
+    assert least <= _retry_after(error) <= most
+
+
+@pytest.mark.parametrize("told", ["nan", "inf", "-5", "", "soon", "Fri, 99 Foo 2026 00:00:00 GMT"])
+def test_a_retry_after_that_says_nothing(told):
+    error = OSError()
+    error.headers = {"Retry-After": told}
+    assert _retry_after(error) is None
+
+
+@pytest.mark.timeout(30)
+def test_a_body_without_end_is_not_read_into_memory(bucket):
+    bucket.endless = "train/a.jpg"
+    with pytest.raises(RemoteTooLarge, match="is too large"):
+        place(bucket).fetch("train/a.jpg", most=100_000)
+    with pytest.raises(RemoteError, match="bytes came where 1000 were asked for"):
+        place(bucket).read("train/a.jpg", 0, 1000)
+
+
+def test_a_redirection_without_end_is_called_so(bucket):
+    bucket.redirect = "a.jpg"
+    with pytest.raises(RemoteError, match="sends from one address to the next without end"):
+        Remote(bucket.url, patience=QUICK).read("a.jpg")
+
+
+def test_a_long_wait_is_told_before_the_fourth_attempt(caplog, monkeypatch):
+    monkeypatch.setattr("lalic.remote._SILENT", 0.02)
+    with pytest.raises(RemoteError, match="3 attempts"):
+        Remote("http://127.0.0.1:9", patience=Patience(attempts=3, first_delay=0.1)).read("a")
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
 
 
 def test_nobody_there():

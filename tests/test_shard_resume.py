@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -124,6 +125,34 @@ def test_a_finished_job_says_so_and_does_nothing(photos, tmp_path, capsys):
     run_job(photos, tmp_path, SMALL, workers=0)
     assert "complete before this run, 40 images in" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(shard=None),
+        lambda record: record.update(stop="x"),
+        lambda record: record.update(left_out=[["a.jpg", 3, ""]]),
+        lambda record: record.update(left_out=None),
+        lambda record: record.update(cursor=5),
+        lambda record: record["shard"].update(name="shard-000002.tar"),
+        lambda record: record["shard"].update(samples=[]),
+        lambda record: record["shard"].update(sha256="x"),
+        lambda record: record["shard"]["samples"][0].pop("width"),
+    ],
+    ids=["no shard", "stop", "left out", "no left out", "cursor", "name", "no samples", "sum", "no width"],
+)
+def test_a_record_that_was_edited_is_as_good_as_none(photos, tmp_path, change):
+    run_job(photos, tmp_path, SMALL, workers=0)
+    expected = result(tmp_path)
+    path = tmp_path / ".shard-state" / "000001.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    (tmp_path / "shard-000001.tar").chmod(0o600)
+    run_job(photos, tmp_path, SMALL, workers=0)
+    assert result(tmp_path) == expected and json.loads(path.read_text()) != record
+    assert (tmp_path / "shard-000001.tar").stat().st_mode & 0o777 != 0o600, "the shard was not made again"
 
 
 def test_a_damaged_index_is_written_again(photos, tmp_path):

@@ -157,6 +157,17 @@ def test_urls_are_split_at_their_common_folder():
     assert (root, names, servers) == (None, ["h/1.jpg", "g/1.jpg"], {"h": "https://h", "g": "http://g"})
 
 
+def test_a_server_by_two_schemes_is_two_and_a_password_is_in_no_name():
+    root, names, servers = split_urls(["https://h/1.jpg", "http://h/1.jpg"])
+    assert (root, names) == (None, ["h/1.jpg", "http:h/1.jpg"])
+    assert servers == {"h": "https://h", "http:h": "http://h"}
+    assert split_urls(["http://me:secret@h/a/1.jpg"])[:2] == ("http://me:secret@h/a", ["1.jpg"])
+    root, names, servers = split_urls(["http://me:secret@h/1.jpg", "http://g/1.jpg"])
+    assert names == ["h/1.jpg", "g/1.jpg"] and servers["h"] == "http://me:secret@h"
+    with pytest.raises(LalicError, match="http://h has two user names"):
+        split_urls(["http://me:a@h/1.jpg", "http://me:b@h/1.jpg", "http://me:c@h/1.jpg"])
+
+
 def test_several_servers(tmp_path):
     with serve(Bucket({"x/1.jpg": b"one"})) as one, serve(Bucket({"y/1.jpg": b"two"})) as two:
         (tmp_path / "urls.txt").write_text(f"{one.url}/x/1.jpg\n{two.url}/y/1.jpg\n")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
+import os
 import random
 import signal
 import subprocess
@@ -11,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -261,6 +265,62 @@ def test_a_header_that_asks_for_too_much_is_not_believed(tmp_path):
     member.type, member.size = tarfile.XHDTYPE, 4 << 30
     (tmp_path / "x.tar").write_bytes(member.tobuf() + bytes(5000))
     with pytest.raises(LalicError, match="is damaged"):
+        shard(tmp_path / "x.tar", tmp_path / "out")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("gap", [0, 100_000])
+def test_a_second_tar_behind_the_first_is_not_lost_in_silence(tmp_path, packed, gap):
+    names = list(PICTURES)
+    tars = [make_tar({name: PICTURES[name] for name in part}) for part in (names[:5], names[5:])]
+    tars.insert(1, bytes(gap // 512 * 512))
+    data = b"".join(gzip.compress(tar) for tar in tars) if packed else b"".join(tars)
+    (tmp_path / "x.tar").write_bytes(data)
+    with pytest.raises(LalicError, match=f"x.tar: another tar begins at byte {len(tars[0] + tars[1])}, behind"):
+        shard(tmp_path / "x.tar", tmp_path / "out")
+    # What is no tar is padding, as it was; a limit may be reached before.
+    (tmp_path / "y.tar").write_bytes(tars[0] + b"padding" * 1000)
+    shard(tmp_path / "y.tar", tmp_path / "padded")
+    shard(tmp_path / "x.tar", tmp_path / "limited", options=replace(SMALL, limit=5))
+    assert keys(tmp_path / "padded") == keys(tmp_path / "limited") and len(keys(tmp_path / "padded")) == 5
+
+
+@pytest.mark.parametrize("module, name", [(bz2, "bzip2"), (lzma, "xz")])
+def test_another_packer_is_named(tmp_path, module, name):
+    (tmp_path / "x.tar").write_bytes(module.compress(make_tar(PICTURES)))
+    with pytest.raises(LalicError, match=f"x.tar: is packed by {name}; only"):
+        shard(tmp_path / "x.tar", tmp_path / "out")
+
+
+def test_a_pipe_is_no_tar(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(LalicError, match=r"x.tar: is a pipe or a device, not a file"):
+        shard(tmp_path / "x.tar", tmp_path / "out")
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **pax: str) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    member.pax_headers = {name.replace("_", "."): value for name, value in pax.items()}
+    return member.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "crafted",
+    [
+        header("x.jpg", 512, GNU_sparse_map="0,ten", GNU_sparse_size="900"),
+        header("x.jpg", 512, GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9") + bytes(512),
+        header("name", -2, tarfile.GNUTYPE_LONGNAME),
+        header("x.txt", 1 << 63),
+        header("x.jpg", -512),
+    ],
+    ids=["sparse map", "sparse blocks", "negative header", "beyond any file", "backwards"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_numbers_that_no_tar_has_are_one_line(tmp_path, crafted, packed):
+    data = make_tar(dict(list(PICTURES.items())[:3]))[: -tarfile.RECORDSIZE] + crafted + bytes(tarfile.RECORDSIZE)
+    (tmp_path / "x.tar").write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(LalicError, match=r"x.tar: is (damaged|cut short)"):
         shard(tmp_path / "x.tar", tmp_path / "out")
 
 

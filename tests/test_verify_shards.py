@@ -239,6 +239,13 @@ def test_another_manifest(made, shards, tmp_path, capsys):
     assert "index.json: has 40 samples, the manifest 38" in lines
 
 
+def test_a_manifest_that_is_not_there_is_told_by_its_own_flag(shards, tmp_path):
+    with pytest.raises(LalicError, match=r"^--manifest .*none.csv: no such file"):
+        check_shards(shards, workers=0, manifest=tmp_path / "none.csv")
+    with pytest.raises(LalicError, match=r"^--manifest s3://x/m.csv: is a URL: fetch the file first"):
+        check_shards(shards, workers=0, manifest="s3://x/m.csv")
+
+
 def test_no_index_is_one_line(shards, root):
     (shards / "index.json").write_text('{"version": 1')
     done = subprocess.run(
