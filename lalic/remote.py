@@ -59,6 +59,8 @@ T = TypeVar("T")
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
+# botocore's, of a bucket's name or of the user's own files; asked again they say the same.
+_MISTAKES = frozenset({"ParamValidationError", "ProfileNotFound", "ConfigParseError"})
 # Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
 # inherited it does not have, one second for each, even in the thread that serves its own.
 _SYSTEMS: dict[tuple[Any, ...], Any] = {}
@@ -118,7 +120,7 @@ class Remote:
     """Attempts beyond the first, of this object in this process."""
 
     def __post_init__(self) -> None:
-        if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].strip("/"):
+        if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].partition("/")[0]:
             raise RemoteError(f"{self.root}: names no server or bucket")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,7 +235,8 @@ class Remote:
                 refusal = _refusal(error, what)
                 if refusal is not None:
                     raise refusal from error
-                if not _may_pass(error):
+                # What fsspec's many other file systems raise when a server fails is for each of them to choose.
+                if self.scheme in (*_HTTP, *_S3) and not _may_pass(error):
                     raise
                 if attempt == self.patience.attempts:
                     raise RemoteError(
@@ -303,7 +306,7 @@ def _refusal(error: Exception, what: str) -> RemoteError | None:
         return RemoteError(f"{what}: the server does not send parts of files (HTTP ranges); copy the files first")
     if isinstance(status, int) and status not in _STUMBLES:
         return RemoteError(f"{what}: {_reason(error)}")
-    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)) or type(error).__name__ in _MISTAKES:
         return RemoteError(f"{what}: {_reason(error)}")
     return None
 
@@ -324,6 +327,8 @@ def _retry_after(error: Exception) -> float | None:
 
 def _reason(error: Exception) -> str:
     status = getattr(error, "status", None)
+    if type(error).__name__ == "TooManyRedirects":
+        return "the server sends us from one address to the next without end"
     if isinstance(status, int):
         return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
     if isinstance(error, (asyncio.TimeoutError, TimeoutError)) or "Timeout" in type(error).__name__:

@@ -343,6 +343,12 @@ def test_settings_for_elsewhere_are_refused_for_a_folder(made, settings, message
     assert isinstance(open_shards(str(made / "shards")), LocalReader)
 
 
+@pytest.mark.parametrize("url", ["http://", "s3://", "s3:///shards"])
+def test_a_url_without_a_server_is_named_as_it_was_given(url, tmp_path):
+    with pytest.raises(LalicError, match=f"{url}: names no server or bucket"):
+        open_shards(url, cache=str(tmp_path))
+
+
 def test_settings_of_another_kind_of_server_and_a_small_cache(bucket, tmp_path):
     url = f"{bucket.url}/shards/"
     with pytest.raises(LalicError, match="goes with s3:// only"):
