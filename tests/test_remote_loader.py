@@ -301,6 +301,37 @@ sys.stdin.readline()
     assert child.returncode == 0 and time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("size", [0, 1 << 30], ids=["ranges", "cache"])
+def test_workers_that_wait_for_a_silent_server_do_not_outlive_a_killed_program(bucket, tmp_path, size):
+    program = f"""
+from multiprocessing import active_children
+from lalic.data.loader import build_loader
+from lalic.data.source import open_shards
+import sys
+source = open_shards("{bucket.url}/shards", cache={str(tmp_path)!r}, cache_size={size})
+print("open", flush=True)
+sys.stdin.readline()
+batches = iter(build_loader(source.index, reader=source, crop=64, seed=1, first_epoch=0, start_step=0, num_steps=500,
+                            batch_size=8, workers=2))
+import threading
+threading.Thread(target=next, args=(batches,), daemon=True).start()
+while len(active_children()) < 2:
+    pass
+print(*(process.pid for process in active_children()), flush=True)
+sys.stdin.readline()
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "open\n"
+    bucket.delay = 60.0
+    child.stdin.write("\n")
+    child.stdin.flush()
+    workers = [Path(f"/proc/{pid}") for pid in child.stdout.readline().split()]
+    time.sleep(1.0)
+    child.kill()
+    child.communicate(timeout=60)
+    wait_until(lambda: not any(process.exists() for process in workers))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_ends_a_program_that_waits_for_a_silent_server(bucket, tmp_path, workers):
     program = f"""
