@@ -231,6 +231,9 @@ class CropLoader(DataLoader[Any]):
                 prefetch.stop()
             # torch does this when the iterator is collected. An error's traceback keeps it in a cycle, though, and
             # when a cycle is collected the queues go first: the workers are not told, and torch waits for them.
+            # It also waits five seconds for each that is waiting for a server; asked by us, they all leave at once.
+            for worker in getattr(batches, "_workers", ()):
+                worker.terminate()
             shutdown = getattr(batches, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
