@@ -412,6 +412,47 @@ def test_training_from_a_url_and_back(config_path, tmp_path):  # noqa: F811
     assert [r["step"] for r in records(remote)] == list(range(1, 8))
 
 
+@pytest.mark.parametrize("end", ["stop", "missing"])
+def test_a_run_that_waits_for_data_or_cannot_have_them_keeps_its_steps(config_path, tmp_path, end):  # noqa: F811
+    """Asked to stop beside a silent server, or without its shards: a checkpoint of the last step, and the same end."""
+    quick = ["checkpoint.every=100", "validate.every=1000", "data.val=null", "data.val_crop=null", "log.every=1"]
+    run(config_path, tmp_path / "reference", *quick)
+    with serve(Bucket()) as bucket:
+        put(bucket, config_path.parent / "shards")
+        held, bucket.delay = dict(bucket.files), 0.1
+        remote = [f"data.shards={bucket.url}/shards", f"data.cache={tmp_path}", "data.cache_size=0"]
+        order = [*quick, *remote, "data.workers=0"]
+        command = [sys.executable, "-m", "lalic.train", "--config", str(config_path), *order]
+        command.append(f"run.dir={tmp_path / 'run'}")
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while "step 1/7" not in child.stderr.readline():
+            assert child.poll() is None
+        if end == "stop":
+            bucket.delay = 60.0
+            time.sleep(3.0)  # the step that has its data is done by then
+            child.send_signal(15)
+        else:
+            for name in held:
+                if name.endswith(".tar"):
+                    del bucket.files[name]
+        began = time.monotonic()
+        said = child.communicate(timeout=50)[1]
+        assert child.returncode == (0 if end == "stop" else 2), said
+        assert ("while waiting for data" if end == "stop" else "is missing at") in said
+        assert time.monotonic() - began < 30
+        (kept,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+        assert 1 <= int(kept.name.removeprefix("step-")) < 7
+        bucket.delay = 0.0
+        bucket.files.update(held)
+        reset_state()
+        run(config_path, tmp_path / "run", *order)
+    a, b = (
+        torch.load(tmp_path / folder / "checkpoints" / "step-00000007" / "model.pt", weights_only=True)
+        for folder in ("reference", "run")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def reset_state() -> None:
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
