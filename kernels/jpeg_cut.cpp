@@ -87,8 +87,9 @@ struct Table {
   }
 };
 
-// The last tables, since nearly all files have the same ones.
-const Table* find_table(const uint8_t* counts, const uint8_t* symbols, int total, bool ac) {
+// The last tables, since nearly all files have the same ones. `used`: those of this file, which stay.
+const Table* find_table(const uint8_t* counts, const uint8_t* symbols, int total, bool ac,
+                        const std::array<const Table*, 4>& used) {
   thread_local std::array<Table, 16> kept[2];
   thread_local int next[2] = {0, 0};
   for (Table& table : kept[ac]) {
@@ -97,8 +98,10 @@ const Table* find_table(const uint8_t* counts, const uint8_t* symbols, int total
       return &table;
     }
   }
-  // A file has at most four of a kind, so none that it uses is thrown out.
-  Table& table = kept[ac][next[ac]++ % 16];
+  // One that was found, rather than made for this file, may be the next to be thrown out.
+  while (std::count(used.begin(), used.end(), &kept[ac][next[ac]]) > 0) next[ac] = (next[ac] + 1) % 16;
+  Table& table = kept[ac][next[ac]];
+  next[ac] = (next[ac] + 1) % 16;
   if (table.define(counts, symbols, total, ac)) return &table;
   table.definition.clear();
   return nullptr;
@@ -251,7 +254,7 @@ bool read_tables(const uint8_t* body, const uint8_t* end, Header& header) {
     for (int i = 1; i <= 16; ++i) total += body[i];
     const int ac = body[0] >> 4, id = body[0] & 15;
     if (ac > 1 || id > 3 || total > 256 || end - body < 17 + total) return false;
-    header.tables[ac][id] = find_table(body + 1, body + 17, total, ac == 1);
+    header.tables[ac][id] = find_table(body + 1, body + 17, total, ac == 1, header.tables[ac]);
     if (header.tables[ac][id] == nullptr) return false;
     body += 17 + total;
   }

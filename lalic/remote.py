@@ -63,6 +63,8 @@ _MOST_ASKED = 300.0
 """Seconds of a Retry-After that are waited."""
 _SILENT = 10.0
 _STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
+# botocore's, of a bucket's name or of the user's own files; asked again they say the same.
+_MISTAKES = frozenset({"ParamValidationError", "ProfileNotFound", "ConfigParseError"})
 # Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
 # inherited it does not have, one second for each, even in the thread that serves its own.
 _SYSTEMS: dict[tuple[Any, ...], Any] = {}
@@ -122,7 +124,7 @@ class Remote:
     """Attempts beyond the first, of this object in this process."""
 
     def __post_init__(self) -> None:
-        if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].strip("/"):
+        if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].partition("/")[0]:
             raise RemoteError(f"{self.root}: names no server or bucket")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -238,7 +240,8 @@ class Remote:
                 refusal = _refusal(error, what)
                 if refusal is not None:
                     raise refusal from error
-                if not _may_pass(error):
+                # What fsspec's many other file systems raise when a server fails is for each of them to choose.
+                if self.scheme in (*_HTTP, *_S3) and not _may_pass(error):
                     raise
                 if attempt == self.patience.attempts:
                     raise RemoteError(
@@ -311,7 +314,7 @@ def _refusal(error: Exception, what: str) -> RemoteError | None:
         return RemoteError(f"{what}: the server does not send parts of files (HTTP ranges); copy the files first")
     if isinstance(status, int) and status not in _STUMBLES:
         return RemoteError(f"{what}: {_reason(error)}")
-    if isinstance(error, (ValueError, TypeError, NotImplementedError)):
+    if isinstance(error, (ValueError, TypeError, NotImplementedError)) or type(error).__name__ in _MISTAKES:
         return RemoteError(f"{what}: {_reason(error)}")
     return None
 

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 
 from lalic.config import RunConfig, read_config
@@ -26,7 +26,7 @@ def train(config: RunConfig) -> None:
     from lalic.training.distributed import on_first_rank, start_processes
     from lalic.training.run_folder import RunFolder
     from lalic.training.session import Session
-    from lalic.training.stop import StopRequest
+    from lalic.training.stop import StopNow, StopRequest
     from lalic.training.tracking import Tracker
 
     accelerator = start_processes(config.train)
@@ -38,6 +38,8 @@ def train(config: RunConfig) -> None:
     session = Session(accelerator, config, resume_from)
     on_first_rank(accelerator, lambda: folder.record(config))
     stop = StopRequest(folder.stop_file if accelerator.is_main_process else None)
+    # Ranks that have their data already wait for the others in the step: one rank of many may not leave before it.
+    alone = accelerator.num_processes == 1
     with stop, closing(Tracker(accelerator, config, session.step, session.schedule)) as tracker:
         if session.validation_due():
             session.validate(tracker)
@@ -45,7 +47,17 @@ def train(config: RunConfig) -> None:
             batches = session.micro_batches(stage)
             while session.step < stage.end:
                 started = time.perf_counter()
-                micro_batches = list(islice(batches, config.train.accumulation))
+                waiting: AbstractContextManager[None] = stop.at_once() if alone else nullcontext()
+                try:
+                    with waiting:
+                        micro_batches = list(islice(batches, config.train.accumulation))
+                except (StopNow, LalicError) as ended:
+                    if alone:
+                        session.keep(folder)
+                    if isinstance(ended, LalicError):
+                        raise
+                    logger.info("stopped at step %d: %s, while waiting for data", session.step, stop.reason)
+                    return
                 waited = time.perf_counter() - started
                 result = session.stepper(micro_batches, step=session.step, lr=stage.lr, asked_to_stop=stop.is_requested)
                 session.step += 1

@@ -64,7 +64,7 @@ def test_another_index_is_another_map(tmp_path, cache):
     assert second.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("harm", ["cut", "json", "gone"])
+@pytest.mark.parametrize("harm", ["cut", "json", "list", "gone"])
 def test_a_damaged_map_is_made_again(tmp_path, cache, harm):
     folder = write_index(tmp_path / "shards")
     parsed = ShardIndex.load(folder)
@@ -73,6 +73,8 @@ def test_a_damaged_map_is_made_again(tmp_path, cache, harm):
         (map_file / "offset.npy").write_bytes((map_file / "offset.npy").read_bytes()[:-9])
     elif harm == "json":
         (map_file / "about.json").write_text("{")
+    elif harm == "list":
+        (map_file / "about.json").write_text("[]")
     else:
         (map_file / "size.npy").unlink()
     assert same(ShardIndex.load(folder, mapped_from=0), parsed)

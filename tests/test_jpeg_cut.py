@@ -77,6 +77,24 @@ def test_more_tables_than_are_kept(cutter):
         np.testing.assert_array_equal(decoded[y:bottom, x:right], decode_rgb(data, "x")[16:48, 16:48])
 
 
+def test_tables_in_use_are_kept_beside_new_ones(cutter):
+    """Files that have the common tables and one of their own each, as encoders write that adapt some of them."""
+    common = jpeg(picture(64, 64))
+    place = common.index(b"\xff\xda")
+    whole = decode_rgb(common, "x")[16:48, 16:48]
+    for number in range(1, 60):
+        for kind in (0x03, 0x13):  # the fourth DC table, the fourth AC table
+            counts = bytes([0, 0, 0, 0, 0, 0, 0, 2, *bytes(8)])
+            symbols = bytes([number % 12, number // 12]) if kind == 0x03 else bytes([number, number + 1])
+            own = b"\xff\xc4" + struct.pack(">HB", 21, kind) + counts + symbols
+            data = common[:place] + own + common[place:]
+            found = cutter(data, (16, 16, 48, 48))
+            assert found is not None
+            part, (x, y, right, bottom) = found
+            decoded = np.asarray(Image.open(io.BytesIO(part.tobytes())).convert("RGB"))
+            np.testing.assert_array_equal(decoded[y:bottom, x:right], whole)
+
+
 @pytest.mark.parametrize(
     "data",
     [

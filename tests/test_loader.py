@@ -404,6 +404,15 @@ SHARD = {"name": "x-000000.tar", "bytes": 1024, "sha256": "0", "samples": [SAMPL
         ({"version": 1, "shards": [3]}, "holds something else"),
         ({"version": 1, "shards": [{**SHARD, "name": "../x.tar"}]}, "plain file name"),
         ({"version": 1, "shards": [{**SHARD, "bytes": "many"}]}, "bytes or sha256 is missing"),
+        ({"version": 1, "shards": [{**SHARD, "name": "x\0.tar"}]}, "plain file name"),
+        ({"version": 1, "shards": [{**SHARD, "name": "\ud800.tar"}]}, "plain file name"),
+        ({"version": 1, "shards": [{**SHARD, "name": "x\x1b[2J.tar"}]}, "plain file name"),
+        ({"version": 1, "shards": [{**SHARD, "sha256": "\ud800"}]}, "bytes or sha256 is missing"),
+        ({"version": 1, "shards": [{**SHARD, "bytes": -1}]}, "x-000000.tar: bytes is -1"),
+        ({"version": 1, "shards": [{**SHARD, "bytes": 1 << 63}]}, "x-000000.tar: bytes is 9223372036854775808"),
+        ({"version": 1, "shards": [{**SHARD, "samples": [{**SAMPLE, "size": 10**4000}]}]}, r"size is 10+\.\.\.0+\)"),
+        ('{"version": 1, "shards": [], "seed": ' + 5000 * "9" + "}", "not a valid shard index .*4300 digits"),
+        (100_000 * "[", "is not JSON"),
         ({"version": 1, "shards": [{**SHARD, "samples": 7}]}, "not a list of samples"),
         ({"version": 1, "shards": [{**SHARD, "samples": [{**SAMPLE, "width": 0}]}]}, "'a': width is 0"),
         ({"version": 1, "shards": [{**SHARD, "samples": [{**SAMPLE, "offset": -512}]}]}, "offset is -512"),
@@ -420,7 +429,17 @@ def test_a_wrong_index_is_one_line_with_a_remedy(tmp_path, content, message):
         (tmp_path / "index.json").write_text(text)
     with pytest.raises(LalicError, match=message) as caught:
         ShardIndex.load(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+def test_a_message_holds_nothing_that_a_terminal_obeys(tmp_path):
+    key = "a\x1b[2J\nerror: all is well \u00fc"
+    (tmp_path / "index.json").write_text(
+        json.dumps({"version": 1, "shards": [{**SHARD, "samples": [{**SAMPLE, "key": key}]}]})
+    )
+    index = ShardIndex.load(tmp_path)
+    assert index.key(0) == key
+    assert index.describe(0) == "a\\x1b[2J\\nerror: all is well \u00fc in x-000000.tar"
 
 
 def test_index_of_a_missing_folder(tmp_path):

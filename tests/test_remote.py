@@ -9,8 +9,10 @@ import random
 import time
 from email.utils import formatdate
 
+import fsspec
 import pytest
 from bucket_server import KINDS, Bucket, Fault, forget_credentials, serve, serve_s3
+from fsspec import AbstractFileSystem
 
 from lalic.errors import LalicError
 from lalic.remote import (
@@ -142,7 +144,12 @@ def test_nobody_there():
 
 
 @pytest.mark.parametrize(
-    "root, message", [("nosuch://x", "nosuch:// cannot be read"), ("http:///", "http:///: names no server")]
+    "root, message",
+    [
+        ("nosuch://x", "nosuch:// cannot be read"),
+        ("http:///", "http:///: names no server"),
+        ("s3:///shards", "s3:///shards: names no server or bucket"),
+    ],
 )
 def test_no_such_place(root, message):
     with pytest.raises(LalicError, match=message):
@@ -154,6 +161,47 @@ def test_an_endpoint_goes_with_s3_only(bucket):
         Remote("memory://x", endpoint="http://127.0.0.1:1").read("a")
     with pytest.raises(RemoteError, match="goes with s3:// only"):
         place(bucket, endpoint="http://127.0.0.1:1").read("train/a.jpg")
+
+
+def test_a_bucket_that_cannot_be_is_not_asked_for_again(monkeypatch, tmp_path):
+    forget_credentials(monkeypatch, tmp_path)
+    remote = Remote("s3://no such bucket", "http://127.0.0.1:1", patience=Patience(attempts=5, first_delay=0.01))
+    with pytest.raises(RemoteError, match='Invalid bucket name "no such bucket"') as caught:
+        remote.read("a")
+    assert remote.retries == 0 and str(caught.value).isprintable()
+
+
+def test_a_profile_that_is_not_there_is_one_line_at_once(monkeypatch, tmp_path):
+    forget_credentials(monkeypatch, tmp_path)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    # Another patience than elsewhere, so that the connection is a new one.
+    remote = Remote("s3://photos", "http://127.0.0.1:1", patience=Patience(attempts=4, first_delay=0.011))
+    with pytest.raises(RemoteError, match=r"profile \(nobody\) could not be found"):
+        remote.read("a")
+    assert remote.retries == 0
+
+
+class _Elsewhere(AbstractFileSystem):
+    """A file system whose errors are its own, as those of other packages are."""
+
+    protocol = "elsewhere"
+    failures = 0
+
+    def cat_file(self, path, start=None, end=None, **_):
+        if _Elsewhere.failures:
+            _Elsewhere.failures -= 1
+            raise Exception("the line is dead")
+        return DATA[start:end]
+
+
+def test_errors_of_any_file_system_are_tried_again_and_one_line():
+    fsspec.register_implementation("elsewhere", _Elsewhere, clobber=True)
+    remote = Remote("elsewhere://x", patience=Patience(attempts=3, first_delay=0.01))
+    _Elsewhere.failures = 2
+    assert remote.read("a", 5, 10) == DATA[5:10]
+    _Elsewhere.failures = 3
+    with pytest.raises(RemoteError, match="elsewhere://x/a: the line is dead, 3 attempts"):
+        remote.read("a")
 
 
 def test_what_is_known_of_a_file_is_asked_again_too(bucket):

@@ -301,6 +301,37 @@ sys.stdin.readline()
     assert child.returncode == 0 and time.monotonic() - began < 15
 
 
+@pytest.mark.parametrize("size", [0, 1 << 30], ids=["ranges", "cache"])
+def test_workers_that_wait_for_a_silent_server_do_not_outlive_a_killed_program(bucket, tmp_path, size):
+    program = f"""
+from multiprocessing import active_children
+from lalic.data.loader import build_loader
+from lalic.data.source import open_shards
+import sys
+source = open_shards("{bucket.url}/shards", cache={str(tmp_path)!r}, cache_size={size})
+print("open", flush=True)
+sys.stdin.readline()
+batches = iter(build_loader(source.index, reader=source, crop=64, seed=1, first_epoch=0, start_step=0, num_steps=500,
+                            batch_size=8, workers=2))
+import threading
+threading.Thread(target=next, args=(batches,), daemon=True).start()
+while len(active_children()) < 2:
+    pass
+print(*(process.pid for process in active_children()), flush=True)
+sys.stdin.readline()
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "open\n"
+    bucket.delay = 60.0
+    child.stdin.write("\n")
+    child.stdin.flush()
+    workers = [Path(f"/proc/{pid}") for pid in child.stdout.readline().split()]
+    time.sleep(1.0)
+    child.kill()
+    child.communicate(timeout=60)
+    wait_until(lambda: not any(process.exists() for process in workers))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ctrl_c_ends_a_program_that_waits_for_a_silent_server(bucket, tmp_path, workers):
     # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
@@ -346,6 +377,12 @@ def test_settings_for_elsewhere_are_refused_for_a_folder(made, settings, message
     assert isinstance(open_shards(str(made / "shards")), LocalReader)
 
 
+@pytest.mark.parametrize("url", ["http://", "s3://", "s3:///shards"])
+def test_a_url_without_a_server_is_named_as_it_was_given(url, tmp_path):
+    with pytest.raises(LalicError, match=f"{url}: names no server or bucket"):
+        open_shards(url, cache=str(tmp_path))
+
+
 def test_settings_of_another_kind_of_server_and_a_small_cache(bucket, tmp_path):
     url = f"{bucket.url}/shards/"
     with pytest.raises(LalicError, match="goes with s3:// only"):
@@ -376,6 +413,47 @@ def test_training_from_a_url_and_back(config_path, tmp_path):  # noqa: F811
     )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert [r["step"] for r in records(remote)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("end", ["stop", "missing"])
+def test_a_run_that_waits_for_data_or_cannot_have_them_keeps_its_steps(config_path, tmp_path, end):  # noqa: F811
+    """Asked to stop beside a silent server, or without its shards: a checkpoint of the last step, and the same end."""
+    quick = ["checkpoint.every=100", "validate.every=1000", "data.val=null", "data.val_crop=null", "log.every=1"]
+    run(config_path, tmp_path / "reference", *quick)
+    with serve(Bucket()) as bucket:
+        put(bucket, config_path.parent / "shards")
+        held, bucket.delay = dict(bucket.files), 0.1
+        remote = [f"data.shards={bucket.url}/shards", f"data.cache={tmp_path}", "data.cache_size=0"]
+        order = [*quick, *remote, "data.workers=0"]
+        command = [sys.executable, "-m", "lalic.train", "--config", str(config_path), *order]
+        command.append(f"run.dir={tmp_path / 'run'}")
+        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while "step 1/7" not in child.stderr.readline():
+            assert child.poll() is None
+        if end == "stop":
+            bucket.delay = 60.0
+            time.sleep(3.0)  # the step that has its data is done by then
+            child.send_signal(15)
+        else:
+            for name in held:
+                if name.endswith(".tar"):
+                    del bucket.files[name]
+        began = time.monotonic()
+        said = child.communicate(timeout=50)[1]
+        assert child.returncode == (0 if end == "stop" else 2), said
+        assert ("while waiting for data" if end == "stop" else "is missing at") in said
+        assert time.monotonic() - began < 30
+        (kept,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+        assert 1 <= int(kept.name.removeprefix("step-")) < 7
+        bucket.delay = 0.0
+        bucket.files.update(held)
+        reset_state()
+        run(config_path, tmp_path / "run", *order)
+    a, b = (
+        torch.load(tmp_path / folder / "checkpoints" / "step-00000007" / "model.pt", weights_only=True)
+        for folder in ("reference", "run")
+    )
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def reset_state() -> None:

@@ -68,7 +68,8 @@ class ShardCache:
         Workers are ahead of the training: they read of one window when others still read of the window before it, and
         with less room every sample there could cost a shard.
         """
-        needed = int(np.sort(self.index.shard_bytes)[::-1][: 2 * window].sum())
+        # Of Python's numbers: sizes in a damaged index may add up to more than 64 bits hold.
+        needed = sum(np.sort(self.index.shard_bytes)[::-1][: 2 * window].tolist())
         if needed > self._room.limit:
             raise LalicError(
                 f"data.cache_size is {self._room.limit} bytes, but the shards of two windows (data.window={window}) "

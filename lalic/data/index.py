@@ -104,7 +104,9 @@ class ShardIndex:
 
     def describe(self, sample: int) -> str:
         """`KEY in SHARD.tar`, for messages."""
-        return f"{self.key(sample)} in {self.names[int(self.shard[sample])]}"
+        # A key may hold anything, also what a terminal would obey.
+        key = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.key(sample))
+        return f"{key} in {self.names[int(self.shard[sample])]}"
 
     def eligible(self, min_side: int) -> np.ndarray:
         """int32 ids (int64 above 2**31 samples) of those whose shorter side is at least `min_side`, ascending."""

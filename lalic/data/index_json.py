@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lalic.data.images import describe_error
 from lalic.errors import LalicError
 
 INDEX_VERSION = 1
@@ -51,6 +53,8 @@ def parse_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise LalicError(f"{path} is not JSON, probably cut short ({error}): {remedy}") from error
     except _SchemaError as error:
         raise LalicError(f"{path} is not a valid shard index ({error}): {remedy}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise LalicError(f"{path} is not a valid shard index ({describe_error(error)}): {remedy}") from error
 
 
 class _SchemaError(Exception):
@@ -91,20 +95,22 @@ class _IndexReader:
             least = 0 if field == "offset" else 1
             bits = 31 if field in ("width", "height") else 62
             if type(value) is not int or not least <= value < 1 << bits:
-                raise _SchemaError(f"sample {key!r}: {field} is {value!r}")
+                raise _SchemaError(f"sample {reprlib.repr(key)}: {field} is {reprlib.repr(value)}")
             numbers.append(value)
         try:
             self.keys += key.encode()
         except UnicodeEncodeError:
-            raise _SchemaError(f"key {key!r} is not valid Unicode") from None
+            raise _SchemaError(f"key {reprlib.repr(key)} is not valid Unicode") from None
         self.key_end.append(len(self.keys))
 
     def _take_shard(self, item: dict[str, Any]) -> _Shard:
         name, size, sha256, samples = (item.get(field) for field in ("name", "bytes", "sha256", "samples"))
-        if not isinstance(name, str) or not name or name.startswith(".") or "/" in name or "\\" in name:
-            raise _SchemaError(f"a shard's name is {name!r}, a plain file name was expected")
-        if type(size) is not int or size < 0 or not isinstance(sha256, str):
+        if not isinstance(name, str) or not _is_plain(name):
+            raise _SchemaError(f"a shard's name is {reprlib.repr(name)}, a plain file name was expected")
+        if type(size) is not int or not isinstance(sha256, str) or not sha256.isascii():
             raise _SchemaError(f"shard {name}: bytes or sha256 is missing")
+        if not 0 <= size < 1 << 62:
+            raise _SchemaError(f"shard {name}: bytes is {reprlib.repr(size)}")
         count = len(self.key_end) - self.taken
         if not isinstance(samples, list) or len(samples) != count or any(x is not None for x in samples):
             raise _SchemaError(f"shard {name}: samples is not a list of samples")
@@ -116,7 +122,7 @@ class _IndexReader:
             raise _SchemaError("it has no list of shards")
         if document.get("version") != INDEX_VERSION:
             version = document.get("version")
-            raise _SchemaError(f"version {version!r}, this program reads version {INDEX_VERSION}")
+            raise _SchemaError(f"version {reprlib.repr(version)}, this program reads version {INDEX_VERSION}")
         shards = document["shards"]
         if not all(isinstance(shard, _Shard) for shard in shards) or self.taken != len(self.key_end):
             raise _SchemaError("the list of shards holds something else")
@@ -151,6 +157,11 @@ class _IndexReader:
             "keys_utf8": np.frombuffer(self.keys, np.uint8),
             "key_end": np.frombuffer(self.key_end, np.int64),
         }
+
+
+def _is_plain(name: str) -> bool:
+    """Whether this is a file's name: no path, nothing hidden, no control characters, valid Unicode."""
+    return name.isprintable() and bool(name) and not name.startswith(".") and "/" not in name and "\\" not in name
 
 
 def _fingerprint(names: tuple[str, ...], sha256: tuple[str, ...], *arrays: np.ndarray) -> str:

@@ -44,7 +44,7 @@ def mapped(path: Path) -> tuple[Path | None, dict[str, Any], Arrays]:
         with _locked(folder.with_name(f"{folder.name}.lock")):
             try:
                 return folder, *open_map(folder)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError):
                 logger.info("reading %s (%.0f MB), once on this machine", path, path.stat().st_size / 1e6)
                 _write_map(folder, *parse_index(path))
         return folder, *open_map(folder)
@@ -54,7 +54,9 @@ def mapped(path: Path) -> tuple[Path | None, dict[str, Any], Arrays]:
 
 
 def open_map(folder: Path) -> tuple[dict[str, Any], Arrays]:
-    """The shards' names and sums, and the samples' arrays, mapped. OSError, ValueError or KeyError without a map."""
+    """The shards' names and sums, and the samples' arrays, mapped. OSError, ValueError, KeyError or TypeError when
+    there is no map or a damaged one.
+    """
     about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
     # A plain view: numpy's memmap class is slow to index.
     arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in about["arrays"]}

@@ -40,6 +40,8 @@ logger = logging.getLogger("lalic.data")
 # The share of bad samples is taken of at least this many, so that one early bad sample does not stop a run.
 _LEAST_SEEN = 1000
 
+# Seconds after which a worker notices that the main process was killed.
+_LOOK_FOR_THE_TRAINER = 1.0
 
 _OF_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
@@ -229,6 +231,9 @@ class CropLoader(DataLoader[Any]):
                 prefetch.stop()
             # torch does this when the iterator is collected. An error's traceback keeps it in a cycle, though, and
             # when a cycle is collected the queues go first: the workers are not told, and torch waits for them.
+            # It also waits five seconds for each that is waiting for a server; asked by us, they all leave at once.
+            for worker in getattr(batches, "_workers", ()):
+                worker.terminate()
             shutdown = getattr(batches, "_shutdown_workers", None)
             if shutdown is not None:
                 shutdown()
@@ -280,7 +285,8 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     """Ignore what is sent to the whole process group or job step; the main process decides what it means.
 
     On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
-    it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds.
+    it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds, also in
+    the middle of a shard that comes slowly.
     """
     for stop in _OF_THE_TRAINER - {signal.SIGTERM}:
         signal.signal(stop, signal.SIG_IGN)
@@ -291,8 +297,10 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
 
 
 def _end_at_request_of(process: int | None) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process:
-        pass
+    while os.getppid() == process:
+        sent = signal.sigtimedwait({signal.SIGTERM}, _LOOK_FOR_THE_TRAINER)
+        if sent is not None and sent.si_pid == process:
+            break
     os._exit(0)
 
 

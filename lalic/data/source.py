@@ -58,7 +58,8 @@ def open_shards(
                 "machine: take the setting out, or give a URL"
             )
         return LocalReader(ShardIndex.load(shards))
-    remote = Remote(shards.rstrip("/"), endpoint)
+    remote = Remote(shards, endpoint)
+    remote.root = shards.rstrip("/")
     folder = Path(cache).expanduser().absolute() if cache is not None else cache_folder()
     index = load_remote_index(remote, folder)
     if cache_size == 0:

@@ -196,6 +196,12 @@ class Session:
         if on_first_rank(self.accelerator, write) is not None:
             self.saved_step = self.step
 
+    def keep(self, folder: RunFolder) -> None:
+        """Write a checkpoint of the steps that are done, unless it is there; for one process that cannot go on."""
+        self.stepper.settle()
+        if self.step and self.saved_step != self.step:
+            self.save(folder, must=True)
+
     def _write(self, run: Path, generators: list[Any]) -> Path:
         stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
         meta = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,6 +17,10 @@ from typing import Any
 logger = logging.getLogger("lalic.train")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopNow(BaseException):
+    """Asked to stop within `StopRequest.at_once`. No Exception, so that nothing takes it for a failure of its own."""
 
 
 class StopRequest:
@@ -25,6 +31,7 @@ class StopRequest:
         self._looked = 0.0
         self._reason: str | None = None
         self._before: dict[int, Any] = {}
+        self._at_once = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -49,7 +56,24 @@ class StopRequest:
                 self._reason = f"{self._file} exists"
         return self._reason
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A signal raises StopNow in the block, once: for what may wait for long, and can be given up."""
+        self._at_once = True
+        try:
+            if self._reason is not None:
+                self._raise_once()
+            yield
+        finally:
+            self._at_once = False
+
+    def _raise_once(self) -> None:
+        if self._at_once:
+            self._at_once = False
+            raise StopNow
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._reason is not None:
             raise KeyboardInterrupt  # Ctrl-C for the second time: at once, without a checkpoint
         self._reason = self._reason or signal.Signals(number).name
+        self._raise_once()
