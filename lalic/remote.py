@@ -14,23 +14,21 @@ anonymous. fsspec's own configuration (FSSPEC_S3='{"anon": true}' and the like) 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import fsspec
 
+from lalic.remote_errors import may_pass, reason, refusal, retry_after
 from lalic.remote_reading import (
     Fetched,
-    NoRanges,
     RemoteError,
     RemoteMissing,
     RemoteRefused,
@@ -59,12 +57,8 @@ T = TypeVar("T")
 
 _HTTP = ("http", "https")
 _S3 = ("s3", "s3a")
-_MOST_ASKED = 300.0
-"""Seconds of a Retry-After that are waited."""
 _SILENT = 10.0
-_STUMBLES = frozenset({408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524})
-# botocore's, of a bucket's name or of the user's own files; asked again they say the same.
-_MISTAKES = frozenset({"ParamValidationError", "ProfileNotFound", "ConfigParseError"})
+"""Seconds of waiting after which a line is logged."""
 # Never let go of: a file system that is collected waits for the thread that serves it, which a forked process that has
 # inherited it does not have, one second for each, even in the thread that serves its own.
 _SYSTEMS: dict[tuple[Any, ...], Any] = {}
@@ -237,24 +231,24 @@ class Remote:
             try:
                 return action()
             except Exception as error:
-                refusal = _refusal(error, what)
-                if refusal is not None:
-                    raise refusal from error
+                final = refusal(error, what)
+                if final is not None:
+                    raise final from error
                 # What fsspec's many other file systems raise when a server fails is for each of them to choose.
-                if self.scheme in (*_HTTP, *_S3) and not _may_pass(error):
+                if self.scheme in (*_HTTP, *_S3) and not may_pass(error):
                     raise
                 if attempt == self.patience.attempts:
                     raise RemoteError(
-                        f"{what}: {_reason(error)}, {attempt} attempts; see whether the server and the network are "
+                        f"{what}: {reason(error)}, {attempt} attempts; see whether the server and the network are "
                         "up, then run the same command again"
                     ) from error
-                delay = self.patience.delay(attempt, _retry_after(error))
+                delay = self.patience.delay(attempt, retry_after(error))
                 self.retries += 1
                 # One line is enough, but nobody shall wait for long without one.
                 tell = not told and (attempt >= 4 or time.monotonic() - began > _SILENT)
                 told = told or tell
                 level = logging.WARNING if tell else logging.DEBUG
-                logger.log(level, "%s: %s; attempt %d in %.1f s", what, _reason(error), attempt + 1, delay)
+                logger.log(level, "%s: %s; attempt %d in %.1f s", what, reason(error), attempt + 1, delay)
                 time.sleep(delay)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -299,49 +293,3 @@ def _s3_options(endpoint: str | None, patience: Patience) -> dict[str, Any]:
     if not {"anon", "key", "profile", "session"} & set(configured):
         options["anon"] = botocore.session.get_session().get_credentials() is None
     return options
-
-
-def _refusal(error: Exception, what: str) -> RemoteError | None:
-    """The error to end with at once, None for one that may pass."""
-    status = getattr(error, "status", None)
-    if isinstance(error, RemoteError):
-        return error
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return RemoteMissing(f"{what}: there is no such file")
-    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
-        return RemoteRefused(f"{what}: access is refused; is it public, are the credentials right?")
-    if isinstance(error, NoRanges):
-        return RemoteError(f"{what}: the server does not send parts of files (HTTP ranges); copy the files first")
-    if isinstance(status, int) and status not in _STUMBLES:
-        return RemoteError(f"{what}: {_reason(error)}")
-    if isinstance(error, (ValueError, TypeError, NotImplementedError)) or type(error).__name__ in _MISTAKES:
-        return RemoteError(f"{what}: {_reason(error)}")
-    return None
-
-
-def _may_pass(error: Exception) -> bool:
-    """Connections, time-outs, bodies cut short, S3's InternalError and SlowDown; all else is a mistake in a call."""
-    clients = ("aiohttp", "aiobotocore", "botocore")
-    return isinstance(error, (OSError, EOFError, asyncio.TimeoutError)) or type(error).__module__.startswith(clients)
-
-
-def _retry_after(error: Exception) -> float | None:
-    """Seconds that the server asks for, as a number or as a date; None when it does not say."""
-    text = str((getattr(error, "headers", None) or {}).get("Retry-After", "")).strip()
-    try:
-        number = text.replace(".", "", 1).isdecimal()
-        seconds = float(text) if number else parsedate_to_datetime(text).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return min(_MOST_ASKED, max(0.0, seconds))
-
-
-def _reason(error: Exception) -> str:
-    status = getattr(error, "status", None)
-    if type(error).__name__ == "TooManyRedirects":
-        return "the server sends from one address to the next without end"
-    if isinstance(status, int):
-        return f"the server answers {status} {getattr(error, 'message', '')}".rstrip()
-    if isinstance(error, (asyncio.TimeoutError, TimeoutError)) or "Timeout" in type(error).__name__:
-        return "no answer in time"
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -22,10 +22,10 @@ from lalic.remote import (
     RemoteMissing,
     RemoteRefused,
     RemoteTooLarge,
-    _retry_after,
     is_url,
     join_url,
 )
+from lalic.remote_errors import retry_after
 
 QUICK = Patience(attempts=5, first_delay=0.01, most_delay=0.05, silence=2.0)
 DATA = random.Random(5).randbytes(300_000)
@@ -106,14 +106,14 @@ def test_retry_after_is_a_number_of_seconds_or_a_date(told, least, most):
     """Numbers stand for a date so many seconds from now."""
     error = OSError()
     error.headers = {"Retry-After": told if isinstance(told, str) else formatdate(time.time() + told, usegmt=True)}
-    assert least <= _retry_after(error) <= most
+    assert least <= retry_after(error) <= most
 
 
 @pytest.mark.parametrize("told", ["nan", "inf", "-5", "", "soon", "Fri, 99 Foo 2026 00:00:00 GMT"])
 def test_a_retry_after_that_says_nothing(told):
     error = OSError()
     error.headers = {"Retry-After": told}
-    assert _retry_after(error) is None
+    assert retry_after(error) is None
 
 
 @pytest.mark.timeout(30)
