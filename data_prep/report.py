@@ -12,6 +12,8 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from lalic.errors import for_terminal
+
 from .output import OutputFolder
 
 LEFT_OUT_NAME = "left_out.csv"
@@ -90,7 +92,7 @@ class LeftOut:
 
     def add(self, path: str, reason: str, detail: str) -> None:
         self.reasons[reason] += 1
-        self._examples.setdefault(reason, _in_a_line(path) + (f": {detail}" if detail else ""))
+        self._examples.setdefault(reason, for_terminal(printable(path)) + (f": {detail}" if detail else ""))
 
     def lines(self) -> list[str]:
         """One line per reason, the most frequent first."""
@@ -118,11 +120,6 @@ def write_table(output: OutputFolder, name: str, titles: list[str], rows: Iterab
         for row in rows:
             cells = [printable(cell) for cell in row]
             (quoted if any("\r" in cell for cell in cells) else table).writerow(cells)
-
-
-def _in_a_line(path: str) -> str:
-    """The path for a terminal, which would obey the control characters in it."""
-    return "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in printable(path))
 
 
 def printable(path: str) -> str:

@@ -20,6 +20,11 @@ def fail(message: object) -> NoReturn:
     raise SystemExit(2)
 
 
+def for_terminal(name: str) -> str:
+    """A name of a file or sample, with the control characters escaped that a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's `main` and turn the errors that users cause into one line.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lalic.data.index_json import INDEX_VERSION, parse_index
 from lalic.data.index_map import mapped, open_map
-from lalic.errors import LalicError
+from lalic.errors import LalicError, for_terminal
 
 __all__ = ["INDEX_NAME", "INDEX_VERSION", "ShardIndex"]
 
@@ -104,9 +104,7 @@ class ShardIndex:
 
     def describe(self, sample: int) -> str:
         """`KEY in SHARD.tar`, for messages."""
-        # A key may hold anything, also what a terminal would obey.
-        key = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in self.key(sample))
-        return f"{key} in {self.names[int(self.shard[sample])]}"
+        return f"{for_terminal(self.key(sample))} in {self.names[int(self.shard[sample])]}"
 
     def eligible(self, min_side: int) -> np.ndarray:
         """int32 ids (int64 above 2**31 samples) of those whose shorter side is at least `min_side`, ascending."""

@@ -58,8 +58,8 @@ def open_shards(
                 "machine: take the setting out, or give a URL"
             )
         return LocalReader(ShardIndex.load(shards))
-    remote = Remote(shards, endpoint)
-    remote.root = shards.rstrip("/")
+    scheme, _, place = shards.partition("://")
+    remote = Remote(f"{scheme}://{place.rstrip('/')}", endpoint)
     folder = Path(cache).expanduser().absolute() if cache is not None else cache_folder()
     index = load_remote_index(remote, folder)
     if cache_size == 0:
