@@ -52,7 +52,7 @@ def check_shards(
     frozen = Manifest.load(manifest, "--manifest") if manifest is not None else None
     problems = _Problems()
     if isinstance(folder, ServedFolder):
-        logger.info("%s cannot be listed: files that the index does not name are not looked for", where)
+        logger.info("%s cannot be listed: files that the index does not name are not looked for", folder.where)
     problems.take(_unknown_files(folder, index))
     problems.take(_duplicated_keys(index))
     if frozen is not None:
@@ -71,7 +71,7 @@ def check_shards(
                 progress.reach(done // _MB, problems=problems.count)
     amount = f"{len(index)} images in {len(index.names)} shards, {total / 1e6:.1f} MB"
     depth = "names and sizes only" if quick else "every image decoded" if decode else "every byte read"
-    print(f"{where}: {problems.count or 'no'} problem{'s' * (problems.count != 1)}; {amount}; {depth}")
+    print(f"{folder.where}: {problems.count or 'no'} problem{'s' * (problems.count != 1)}; {amount}; {depth}")
     return problems.count
 
 

@@ -68,7 +68,7 @@ class Lease:
         """Raise LalicError when the lease is no longer held."""
         if self._lost or time.monotonic() - self._seen > EXPIRY:
             raise LalicError(
-                f"--output {self.remote.root}: its lease {self.name} was lost, another process may be writing into it "
+                f"--output {self.remote.shown}: its lease {self.name} was lost, another process may be writing into it "
                 "by now; see that only one is, then run the same command again"
             )
 
@@ -92,7 +92,7 @@ class Lease:
             if not self.remote.patiently(create, self._url):
                 return False
         except RemoteMissing as error:
-            raise LalicError(f"--output {self.remote.root}: cannot be written to, there is no such place") from error
+            raise LalicError(f"--output {self.remote.shown}: cannot be written to, there is no such place") from error
         time.sleep(_CONFIRM)
         return self._is_ours(self._read())
 
@@ -110,7 +110,7 @@ class Lease:
                     return
                 if now != other:
                     raise LalicError(
-                        f"--output {self.remote.root}: another process is writing shards into it "
+                        f"--output {self.remote.shown}: another process is writing shards into it "
                         f"({now.get('host')}, process {now.get('process')}); wait for it to end"
                     )
         if self._read() == other:

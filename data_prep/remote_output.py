@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteMissing
+from lalic.remote import Patience, Remote, RemoteMissing, without_password
 
 from .lease import Lease
 from .output import BLOCK, OutputFolder
@@ -29,10 +29,11 @@ class RemoteFolder(OutputFolder):
     """A place behind a URL. Its files are listed once: between `held` and the end they are this process's own."""
 
     def __init__(self, url: str, endpoint: str | None = None) -> None:
-        super().__init__(url if url.endswith("://") else url.rstrip("/"))
+        url = url if url.endswith("://") else url.rstrip("/")
+        super().__init__(without_password(url))
         # Few attempts here: below, the client library tries each request again, parts of uploads too.
-        self.remote = Remote(self.where, endpoint, Patience(attempts=3))
-        self._once = Remote(self.where, endpoint, Patience(attempts=1))
+        self.remote = Remote(url, endpoint, Patience(attempts=3))
+        self._once = Remote(url, endpoint, Patience(attempts=1))
         self.system = self.remote.filesystem
         if hasattr(self.system, "config_kwargs"):
             retries = {"max_attempts": _ATTEMPTS, "mode": "standard"}
@@ -116,7 +117,7 @@ class RemoteFolder(OutputFolder):
             return
         # Parts of an upload that nobody ended are invisible, but paid for. Not every server lists them.
         with suppress(OSError, NotImplementedError):
-            bucket, key, _ = self.system.split_path(self.where)
+            bucket, key, _ = self.system.split_path(self.remote.root)
             begun = self.system.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/" if key else "")
             for upload in begun.get("Uploads") or ():
                 if pattern.fullmatch(upload["Key"].removeprefix(f"{key}/" if key else "")):
@@ -161,7 +162,7 @@ class ServedFolder(RemoteFolder):
 
     def __init__(self, url: str, endpoint: str | None = None) -> None:
         super().__init__(url, endpoint)
-        self.remote = Remote(self.where, endpoint)  # nothing below tries again
+        self.remote = Remote(self.remote.root, endpoint)  # nothing below tries again
 
     def size(self, name: str) -> int | None:
         try:

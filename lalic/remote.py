@@ -49,6 +49,7 @@ __all__ = [
     "RemoteTooLarge",
     "is_url",
     "join_url",
+    "without_password",
 ]
 
 logger = logging.getLogger("lalic.remote")
@@ -104,6 +105,13 @@ def join_url(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{quote(name) if scheme in _HTTP else name}"
 
 
+def without_password(url: str) -> str:
+    """`url` for messages and logs: without the user's name and password that may stand before the server."""
+    scheme, separator, rest = url.partition("://")
+    server, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{server.rpartition('@')[2]}{slash}{path}"
+
+
 @dataclass
 class Remote:
     """The files below one URL."""
@@ -119,7 +127,7 @@ class Remote:
 
     def __post_init__(self) -> None:
         if self.scheme in (*_HTTP, *_S3) and not self.root.partition("://")[2].partition("/")[0]:
-            raise RemoteError(f"{self.root}: names no server or bucket")
+            raise RemoteError(f"{self.shown}: names no server or bucket")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("root", "endpoint", "patience", "encoded")}
@@ -130,6 +138,11 @@ class Remote:
     @property
     def scheme(self) -> str:
         return self.root.partition("://")[0]
+
+    @property
+    def shown(self) -> str:
+        """The root as messages name it."""
+        return without_password(self.root)
 
     @property
     def filesystem(self) -> Any:
@@ -177,7 +190,7 @@ class Remote:
         Raises RemoteError where there is no listing (HTTP has none), or it is refused.
         """
         if self.scheme in _HTTP:
-            raise RemoteError(f"{self.root}: a web server cannot be listed; give a list of the files instead")
+            raise RemoteError(f"{self.shown}: a web server cannot be listed; give a list of the files instead")
         if self.scheme in _S3:
             yield from self._list_s3()
             return
@@ -224,8 +237,9 @@ class Remote:
     def patiently(self, action: Callable[[], T], what: str) -> T:
         """`action()`, tried again while it fails in a way that may pass.
 
-        `what` names the thing in messages. Raises RemoteMissing or RemoteError.
+        `what` names the thing in messages, less a password in it. Raises RemoteMissing or RemoteError.
         """
+        what = without_password(what)
         began, told = time.monotonic(), False
         for attempt in range(1, self.patience.attempts + 1):
             try:

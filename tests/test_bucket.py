@@ -357,7 +357,7 @@ def test_the_rate_limit_is_kept(bucket, id_list, images, tmp_path):
     began = time.monotonic()
     access = Access(patience=QUICK.patience, connections=8, bytes_per_second=size / 2)
     shard(id_list, tmp_path / "out", bucket=bucket.url, access=access)
-    assert 1.7 < time.monotonic() - began < 6
+    assert 1.7 < time.monotonic() - began < 15
 
 
 def test_progress_tells_rate_and_retries(bucket, id_list, tmp_path, caplog, monkeypatch):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from bucket_server import Bucket, Fault, forget_credentials, serve, serve_s3
+from lalic.data_prep.verify import main as verify
 from remote_shards import QUICK, put, reader
 from test_loader import damage, made, stream  # noqa: F401 -- a fixture
 from test_train import config_path, own_process_state, records, run  # noqa: F401 -- fixtures
@@ -269,6 +270,23 @@ def test_a_server_that_pauses_does_not_end_a_run_with_shards_in_the_cache(bucket
     assert "2 attempts; see whether the server" in caplog.text and "goes on while its shards last" in caplog.text
     seen += batches
     assert len(seen) == 8
+
+
+@pytest.mark.parametrize("size", [0, 1 << 30], ids=["ranges", "cache"])
+def test_a_password_in_the_url_is_in_no_message(bucket, made, tmp_path, size, caplog, capsys):  # noqa: F811
+    caplog.set_level(logging.DEBUG, "lalic")
+    url = bucket.url.replace("://", "://alice:secret@") + "/shards"
+    assert verify([url, "--quick"]) == 0
+    source = reader(url, tmp_path, size, patience=HASTY)
+    assert stream_of(source, workers=0, num_steps=2)
+    bucket.files.pop("shards/shard-000001.tar")
+    with pytest.raises(LalicError, match=r"shard-000001.tar is missing at http://127") as missing:
+        stream_of(reader(url, tmp_path / "again", size, patience=HASTY), workers=0, num_steps=20)
+    bucket.faults = [Fault("500", times=1e9)]
+    with pytest.raises(LalicError, match="the server answers 500") as failing:
+        reader(url, tmp_path / "more", size, patience=HASTY)
+    said = caplog.text + "".join(capsys.readouterr()) + str(missing.value) + str(failing.value)
+    assert "/shards" in said and "secret" not in said and "alice" not in said
 
 
 def wait_until(holds) -> None:

@@ -25,7 +25,7 @@ from lalic.data.index import INDEX_NAME, ShardIndex
 from lalic.data.room import IDLE, Part, Room
 from lalic.errors import LalicError
 from lalic.files import sha256_of
-from lalic.remote import Remote, RemoteMissing
+from lalic.remote import Remote, RemoteMissing, without_password
 from lalic.sizes import size_text
 
 logger = logging.getLogger("lalic.data")
@@ -50,8 +50,8 @@ class ShardCache:
         for name, digest in zip(index.names, index.shard_sha256, strict=True):
             if not _DIGEST.fullmatch(digest):
                 raise LalicError(
-                    f"shard {name} at {remote.root} has no valid sha256 in {INDEX_NAME}, so it cannot be checked: make "
-                    "the index again, or read without a cache (data.cache_size=0)"
+                    f"shard {name} at {remote.shown} has no valid sha256 in {INDEX_NAME}, so it cannot be checked: "
+                    "make the index again, or read without a cache (data.cache_size=0)"
                 )
         with self._errors():
             self._room = Room(folder, size)
@@ -155,7 +155,7 @@ class ShardCache:
 
     def _fill(self, part: Part, shard: int, idle: float, pulse: Callable[[], None]) -> None:
         expected = self.index.shard_sha256[shard]
-        logger.debug("fetching %s", self.remote.url(self.index.names[shard]))
+        logger.debug("fetching %s", without_password(self.remote.url(self.index.names[shard])))
         try:
             # Before half a gigabyte is fetched in vain.
             check_size(self.index, self.remote, shard)
@@ -241,10 +241,10 @@ def check_size(index: ShardIndex, remote: Remote, shard: int) -> None:
 def missing(index: ShardIndex, remote: Remote, shard: int) -> LalicError:
     """The error for a shard that is not where it should be."""
     return LalicError(
-        f"shard {index.names[shard]} is missing at {remote.root}: copy it there again, or see whether {INDEX_NAME} is "
+        f"shard {index.names[shard]} is missing at {remote.shown}: copy it there again, or see whether {INDEX_NAME} is "
         "the one of these shards"
     )
 
 
 def _damaged(index: ShardIndex, remote: Remote, shard: int, what: str) -> LalicError:
-    return LalicError(f"shard {index.names[shard]} at {remote.root} is damaged: {what}; copy it there again")
+    return LalicError(f"shard {index.names[shard]} at {remote.shown} is damaged: {what}; copy it there again")

@@ -81,7 +81,7 @@ def load_remote_index(remote: Remote, cache: Path) -> ShardIndex:
             f"{folder}: {error.strerror or error}: see that data.cache is a folder with room that this user may "
             "write to"
         ) from error
-    return replace(index, folder=remote.root)
+    return replace(index, folder=remote.shown)
 
 
 def _load(remote: Remote, folder: Path) -> ShardIndex:
@@ -89,7 +89,7 @@ def _load(remote: Remote, folder: Path) -> ShardIndex:
         return ShardIndex.load(folder)
     except LalicError as error:
         (folder / _VERSION).unlink(missing_ok=True)  # it is not to be found good again
-        raise LalicError(f"{remote.url(INDEX_NAME)}, kept as {error}") from error
+        raise LalicError(f"{remote.shown}/{INDEX_NAME}, kept as {error}") from error
 
 
 def _fetch_index(remote: Remote, folder: Path) -> None:
@@ -103,7 +103,7 @@ def _fetch_index(remote: Remote, folder: Path) -> None:
                 break
     except RemoteMissing as error:
         raise LalicError(
-            f"{remote.root}: there is no {INDEX_NAME}, so it is no folder of shards, or not all of it is there yet"
+            f"{remote.shown}: there is no {INDEX_NAME}, so it is no folder of shards, or not all of it is there yet"
         ) from error
     path, note = folder / INDEX_NAME, folder / _VERSION
     noted = {"size": version.size, "etag": version.etag}
@@ -111,7 +111,7 @@ def _fetch_index(remote: Remote, folder: Path) -> None:
         same = json.loads(note.read_text(encoding="utf-8")) == noted and path.stat().st_size == version.size
         if same and version.etag:
             return
-    logger.info("fetching %s", remote.url(INDEX_NAME))
+    logger.info("fetching %s/%s", remote.shown, INDEX_NAME)
     note.unlink(missing_ok=True)
     with atomic_open(path) as file:
         if version.size is None:

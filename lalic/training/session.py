@@ -24,6 +24,7 @@ from lalic.data.reader import Reader
 from lalic.data.source import open_shards
 from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
+from lalic.remote import without_password
 from lalic.training import checkpoint
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
 from lalic.training.environment import device_name, random_state, set_random_state, versions
@@ -73,7 +74,7 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
     }
     if saved["meta"]["shards"] != index.fingerprint:
         raise LalicError(
-            f"{data.shards} does not hold the samples that this run was started on: point "
+            f"{without_password(data.shards)} does not hold the samples that this run was started on: point "
             "data.shards at them, or use another run.dir"
         )
     return Inputs(reader, images, schedule, checkpoint.load_model(resume_from), saved)
@@ -89,7 +90,8 @@ class Session:
         self.images, self.schedule = inputs.images, inputs.schedule
         if len(set(gather_object([self.index.fingerprint]))) > 1:
             raise SharedError(
-                f"data.shards={config.data.shards} does not hold the same samples on all machines: copy them again"
+                f"data.shards={without_password(config.data.shards)} does not hold the same samples on all machines: "
+                "copy them again"
             )
         self.step = 0
         self.best: dict[str, Any] | None = None
