@@ -201,16 +201,22 @@ def test_killed_at_random_points_on_s3(tmp_path, root, bucket, endpoint, kills):
     system = Remote(bucket, endpoint).filesystem
     delays = random.Random(3)
     killed = there = 0
-    for _ in range(kills):
+    for _ in range(3 * kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Behind the next shard: its record, or something of the one after it, is under way.
         while process.poll() is None and shards_there(system, bucket) <= there:
             time.sleep(0.01)
         time.sleep(delays.uniform(0, 0.05))
         process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        there = shards_there(system, bucket)
-    assert killed >= kills - 1
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+            there = shards_there(system, bucket)
+        else:  # A loaded machine saw the last shards too late, the job was complete: begin again.
+            system.rm(bucket, recursive=True)
+            there = 0
+        if killed == kills:
+            break
+    assert killed == kills
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "is taken over, its holder is gone" in done.stderr
     assert remote_result(bucket, endpoint) == result(tmp_path / "out")

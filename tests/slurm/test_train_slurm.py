@@ -86,7 +86,7 @@ def _ended(cluster, job):
 
 
 def test_two_nodes_then_stopped_and_requeued(cluster, checkout):
-    config = _config(checkout, 60)
+    config = _config(checkout, 120)
     whole = _submit(cluster, checkout, config, "runs/whole")
     assert _wait(lambda: _ended(cluster, whole), "the run ends", checkout) == "COMPLETED"
     assert (checkout / "runs/whole/DONE").exists()
