@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -84,6 +85,11 @@ def serve(bucket: Bucket) -> Iterator[Bucket]:
         daemon_threads = True
         # With socketserver's 5, more clients at once are turned away and come again a second later.
         request_queue_size = 128
+
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            """Of clients that were killed nothing is said."""
+            if not isinstance(sys.exc_info()[1], ConnectionError):
+                super().handle_error(request, client_address)
 
     server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
