@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from lalic import sizes
 from lalic.data.images import MAX_PIXELS
 from lalic.errors import LalicError
-from lalic.remote import is_url
+from lalic.remote import is_s3, is_url
 
 from .find import finders
 from .job import Options, run_job
@@ -26,7 +26,6 @@ from .writer import LEAST_SHARD_SIZE
 
 # More than any file system takes; sizes are int64 in a manifest's arrays.
 _MOST_SHARD_SIZE = 1 << 60
-_S3 = ("s3://", "s3a://")
 _PREFIX = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FIXED_BY_MANIFEST = {
     *("limit", "shard_size", "min_side", "max_pixels", "seed", "prefix", "keep_duplicates", "check", "manifest")
@@ -89,9 +88,9 @@ def _refuse_idle(arguments: argparse.Namespace, source: Source) -> None:
         if does_nothing:
             raise LalicError(f"{flag} goes with an input that lies elsewhere, not with --input {arguments.input[0]}")
     places = [*arguments.input, arguments.output, arguments.bucket, arguments.manifest]
-    s3 = any(str(place).startswith(_S3) for place in places)
+    s3 = any(map(is_s3, places))
     if isinstance(source, RemoteFiles):
-        s3 = s3 or any(root.startswith(_S3) for root in [source.root or "", *source.servers.values()])
+        s3 = s3 or any(map(is_s3, [source.root, *source.servers.values()]))
     if arguments.endpoint is not None and not s3:
         raise LalicError(f"--endpoint {arguments.endpoint} goes with s3:// in --input, --bucket or --output")
 

@@ -81,12 +81,13 @@ class LocalFiles(Files):
         names: Sequence[str],
         ignored: Counter[str] | None = None,
         keys: Sequence[str] | None = None,
+        *,
+        listed: bool = False,
     ) -> None:
+        """`listed`: whether the names were found in the folder, so that every one had a folder to lie in."""
         super().__init__(label, names, ignored, keys)
-        self.root = str(root)
+        self.root, self.listed = str(root), listed
         self._root_was = _folder_at(self.root)
-        self.listed = False
-        """Whether the names were found in the folder, so that every one had a folder to lie in."""
 
     def candidates(self, position: int, cursor: Cursor | None) -> Generator[Candidate, None, None]:
         for place in range(position, len(self.order)):
@@ -154,9 +155,7 @@ def list_folder(root: Path) -> LocalFiles:
         else:
             ignored[other_kind(name)] += 1
     # By bytes: the same order in every locale.
-    files = LocalFiles(str(root), root, sorted(names, key=os.fsencode), ignored)
-    files.listed = True
-    return files
+    return LocalFiles(str(root), root, sorted(names, key=os.fsencode), ignored, listed=True)
 
 
 def other_kind(name: str) -> str:

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 
 from lalic.data.images import suffix_of
 from lalic.errors import LalicError
-from lalic.remote import is_url
+from lalic.remote import is_url, without_password
 
 from .files import LocalFiles, list_folder, other_kind
 from .lists import ImageIds, Listed, read_list
@@ -192,7 +192,7 @@ def split_urls(urls: Sequence[str]) -> tuple[str | None, list[str], dict[str, st
         if servers.get(server, base) != base:
             server = f"{scheme}:{server}"
         if servers.setdefault(server, base) != base:
-            raise LalicError(f"{scheme}://{address.rpartition('@')[2]} has two user names or passwords in one list")
+            raise LalicError(f"{without_password(base)} has two user names or passwords in one list")
         names.append(f"{server}{slash}{path}")
     if len(servers) > 1:
         return None, names, servers

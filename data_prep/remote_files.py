@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteMissing, RemoteRefused, RemoteTooLarge
+from lalic.remote import Patience, Remote, RemoteMissing, RemoteRefused, RemoteTooLarge, is_s3
 
 from .fetching import Fetcher
 from .files import Files
@@ -44,8 +44,7 @@ class Access:
     patience: Patience = field(default_factory=Patience)
 
     def remote(self, root: str, *, encoded: bool = False) -> Remote:
-        s3 = root.startswith(("s3://", "s3a://"))
-        return Remote(root, endpoint=self.endpoint if s3 else None, patience=self.patience, encoded=encoded)
+        return Remote(root, endpoint=self.endpoint if is_s3(root) else None, patience=self.patience, encoded=encoded)
 
     def throttle(self) -> Throttle:
         return Throttle(self.bytes_per_second, self.requests_per_second)

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, TypeVar, cast
 
 from lalic.errors import LalicError
-from lalic.remote import Patience, Remote, RemoteMissing, without_password
+from lalic.remote import Patience, Remote, RemoteMissing, is_s3, without_password
 
 from .lease import Lease
 from .output import BLOCK, OutputFolder
@@ -113,7 +113,7 @@ class RemoteFolder(OutputFolder):
                 self._ask(lambda: self.system.rm_file(self._url(name)), self._url(name))
 
     def remove_uploads(self, pattern: re.Pattern[str]) -> None:
-        if self.remote.scheme not in ("s3", "s3a"):
+        if not is_s3(self.remote.root):
             return
         # Parts of an upload that nobody ended are invisible, but paid for. Not every server lists them.
         with suppress(OSError, NotImplementedError):

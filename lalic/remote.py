@@ -47,6 +47,7 @@ __all__ = [
     "RemoteMissing",
     "RemoteRefused",
     "RemoteTooLarge",
+    "is_s3",
     "is_url",
     "join_url",
     "without_password",
@@ -97,6 +98,11 @@ def is_url(path: object) -> bool:
     """Whether `path` names something by scheme://, rather than a file of this machine."""
     scheme, separator, _ = str(path).partition("://")
     return bool(separator) and scheme.replace("+", "").replace("-", "").isalnum()
+
+
+def is_s3(place: object) -> bool:
+    """Whether `place` is an S3 URL."""
+    return is_url(place) and str(place).partition("://")[0] in _S3
 
 
 def join_url(root: str, name: str) -> str:

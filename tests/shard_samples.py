@@ -6,8 +6,11 @@ import csv
 import hashlib
 import io
 import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,23 @@ def result(folder: Path) -> dict[str, str]:
 
 def shard_command(root: Path, *arguments: object) -> list[str]:
     return [sys.executable, str(root / "data_prep" / "shard.py"), *map(str, arguments)]
+
+
+def kill_once(command: list[str], reached: Callable[[], bool], delay: float, interval: float = 0.001) -> bool:
+    """Run `command` and kill it `delay` seconds after `reached()`, asked every `interval`; False if it ended before.
+
+    A clock alone would depend on the machine's load.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not reached():
+        time.sleep(interval)
+    time.sleep(delay)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def shards_in(folder: Path) -> int:
+    return len(list(folder.glob("*.tar")))
 
 
 def error_on_a_full_disk(command: list[str], most: int) -> str:

@@ -9,10 +9,8 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import tarfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from lalic.data_prep.frozen import Manifest
 from lalic.data_prep.job import run_job
 from lalic.data_prep.manifest import escape_source, unescape_source
 from lalic.data_prep.rebuild import run_rebuild
-from shard_samples import SMALL, encode, error_on_a_full_disk, picture, result, shard_command, write_folder
+from shard_samples import SMALL, encode, error_on_a_full_disk, kill_once, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
 from lalic.remote import Remote
@@ -457,12 +455,8 @@ def test_killed_at_random_points_it_ends_in_the_same_bytes(tmp_path, root, kills
         listed = sorted((tmp_path / "in").rglob("*.png"), key=lambda path: path.name[::-1])[:have]
         (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in listed))
         partial = [str(tmp_path / "list.txt") if part == str(tmp_path / "in") else part for part in command]
-        process = subprocess.Popen(partial, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and blocks_in(output) <= written:
-            time.sleep(0.0005)
-        time.sleep(delays.uniform(0, 0.01))
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
+        delay = delays.uniform(0, 0.01)
+        killed += kill_once(partial, lambda written=written: blocks_in(output) > written, delay, interval=0.0005)
         written = blocks_in(output)
     assert killed >= kills // 2 and not (output / "index.json").exists()
     subprocess.run(command, check=True, capture_output=True)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import threading
 import time
@@ -24,7 +23,7 @@ from lalic.data_prep.output import LocalFolder
 from lalic.data_prep.places import output_file, output_folder
 from lalic.data_prep.rebuild import run_rebuild
 from lalic.data_prep.remote_output import RemoteFolder
-from shard_samples import SMALL, encode, picture, result, shard_command, write_folder
+from shard_samples import SMALL, encode, kill_once, picture, result, shard_command, write_folder
 
 from lalic.errors import LalicError
 from lalic.remote import Remote
@@ -202,13 +201,9 @@ def test_killed_at_random_points_on_s3(tmp_path, root, bucket, endpoint, kills):
     delays = random.Random(3)
     killed = there = 0
     for _ in range(3 * kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Behind the next shard: its record, or something of the one after it, is under way.
-        while process.poll() is None and shards_there(system, bucket) <= there:
-            time.sleep(0.01)
-        time.sleep(delays.uniform(0, 0.05))
-        process.kill()
-        if process.wait() == -signal.SIGKILL:
+        delay = delays.uniform(0, 0.05)
+        if kill_once(command, lambda there=there: shards_there(system, bucket) > there, delay, interval=0.01):
             killed += 1
             there = shards_there(system, bucket)
         else:  # A loaded machine saw the last shards too late, the job was complete: begin again.

@@ -16,7 +16,17 @@ import pytest
 from lalic.data_prep.job import Options, run_job
 from lalic.data_prep.validation import Checked
 from lalic.data_prep.workers import Workers
-from shard_samples import SMALL, encode, error_on_a_full_disk, picture, result, shard_command, write_folder
+from shard_samples import (
+    SMALL,
+    encode,
+    error_on_a_full_disk,
+    kill_once,
+    picture,
+    result,
+    shard_command,
+    shards_in,
+    write_folder,
+)
 
 from lalic.errors import LalicError
 
@@ -45,20 +55,6 @@ def many(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 MANY = ["--shard-size", "100000", "--min-side", "32", "--workers", "2"]
 
 
-def kill_during(command: list[str], output: Path, more_shards: int, delay: float) -> bool:
-    """Run ``command`` and kill it ``delay`` seconds after it made ``more_shards``; False if it ended before.
-
-    A clock alone would depend on the machine's load.
-    """
-    wanted = len(list(output.glob("*.tar"))) + more_shards
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list(output.glob("*.tar"))) < wanted:
-        time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_points_it_ends_in_the_same_bytes(many, tmp_path, root, kills):
     source, expected = many
@@ -69,7 +65,9 @@ def test_killed_at_random_points_it_ends_in_the_same_bytes(many, tmp_path, root,
     for _ in range(4 * kills):
         # None more is a kill while the program starts, or finds what is there, or makes its first shard.
         more_shards = chance.choice((0, 1, 2, 5))
-        if kill_during(command, output, more_shards, chance.uniform(0, 0.03 if more_shards else 0.5)):
+        wanted = shards_in(output) + more_shards
+        delay = chance.uniform(0, 0.03 if more_shards else 0.5)
+        if kill_once(command, lambda wanted=wanted: shards_in(output) >= wanted, delay):
             killed += 1
             behind_shards += more_shards > 0
             if killed == kills:

@@ -8,12 +8,10 @@ import io
 import lzma
 import os
 import random
-import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from lalic.data_prep import tars
 from lalic.data_prep.job import Options, run_job
 from lalic.data_prep.opening import open_source
 from lalic.data_prep.remote_files import Access
-from shard_samples import SMALL, encode, keys, left_out, picture, read_back, result, shard_command
+from shard_samples import SMALL, encode, keys, kill_once, left_out, picture, read_back, result, shard_command, shards_in
 
 from lalic.errors import LalicError
 from lalic.remote import Patience
@@ -398,12 +396,8 @@ def test_killed_at_random_points_over_http(tmp_path, root, name):
         killed = 0
         delays = random.Random(4)
         for shards in (0, 1, 3):
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while process.poll() is None and len(list(output.glob("*.tar"))) < shards:
-                time.sleep(0.001)
-            time.sleep(delays.uniform(0, 0.01))
-            process.kill()
-            killed += process.wait() == -signal.SIGKILL
+            delay = delays.uniform(0, 0.01)
+            killed += kill_once(command, lambda shards=shards: shards_in(output) >= shards, delay)
         assert killed
         subprocess.run(command, check=True, capture_output=True)
     assert result(output) == result(tmp_path / "whole")
