@@ -182,10 +182,12 @@ class Session:
         """
         check_equal(self.accelerator, self.model.parameters())
         generators = gather_object([random_state(self.accelerator.device)])
+        # All ranks: under DeepSpeed each has a part of it.
+        optimizer = self.stepper.state_dict()
 
         def write() -> str | None:
             try:
-                path = self._write(folder.path, generators)
+                path = self._write(folder.path, generators, optimizer)
             except OSError as error:
                 reason = error.strerror or str(error)
                 message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
@@ -204,7 +206,7 @@ class Session:
         if self.step and self.saved_step != self.step:
             self.save(folder, must=True)
 
-    def _write(self, run: Path, generators: list[Any]) -> Path:
+    def _write(self, run: Path, generators: list[Any], optimizer: dict[str, Any]) -> Path:
         stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
         meta = {
             "step": self.step,
@@ -228,7 +230,7 @@ class Session:
             self.step,
             tensors={
                 "model.pt": self.model.state_dict(),
-                "optimizer.pt": self.stepper.state_dict(),
+                "optimizer.pt": optimizer,
                 "rng.pt": dict(enumerate(generators)),
             },
             texts={CONFIG: config_text(self.config)},
