@@ -73,30 +73,29 @@ def deepspeed_settings(train: TrainSection, num_processes: int) -> dict[str, Any
     assert isinstance(zero, dict)
     _check_zero(source, zero)
     micro_batch = train.micro_batch(num_processes)
-    expected = {
+    ours = {
         "gradient_accumulation_steps": ("train.accumulation", train.accumulation),
         "gradient_clipping": ("train.clip", train.clip),
         "train_batch_size": ("train.batch_size", train.batch_size),
-        "train_micro_batch_size_per_gpu": (
-            "train.batch_size over processes and accumulation",
-            micro_batch,
-        ),
+        "train_micro_batch_size_per_gpu": ("train.batch_size over processes and accumulation", micro_batch),
     }
     for key, value in given.items():
-        if key in expected:
-            name, ours = expected[key]
-            if value != "auto" and value != ours:
+        if key in ours:
+            name, expected = ours[key]
+            if value not in ("auto", expected):
                 raise LalicError(
-                    f'{source}: {key} is {json.dumps(value)}, but the run\'s config says {ours} ({name}): set it to "auto"'
+                    f"{source}: {key} is {json.dumps(value)}, but it is {expected} in the run's config ({name}): "
+                    'set it to "auto"'
                 )
         elif key in ("fp16", "bf16", "torch_autocast"):
             if not isinstance(value, dict) or value.get("enabled", False) not in (False, "false"):
                 raise LalicError(
                     f"{source}: {key} may not be enabled: half precision is train.precision=bf16 in the run's config"
                 )
+        elif key in ("optimizer", "scheduler"):
+            raise LalicError(f"{source}: {key} is not supported: remove it (Adam and its schedule are the run's own)")
         elif key not in HARMLESS and key != "zero_optimization":
-            reason = "the optimiser and its schedule are the run's own" if key in ("optimizer", "scheduler") else ""
-            raise LalicError(f"{source}: {key} is not supported: remove it{reason and f' ({reason})'}")
+            raise LalicError(f"{source}: {key} is not supported: remove it")
     return {
         **{k: v for k, v in given.items() if k in HARMLESS},
         "zero_optimization": {k: v for k, v in zero.items() if k in ZERO_SETTINGS},
@@ -146,8 +145,11 @@ def _check_zero(source: str, zero: Mapping[str, Any]) -> None:
         off = value in (None, "none") or (isinstance(value, dict) and value.get("device", "none") in (None, "none"))
         if key in ZERO_SETTINGS or (key.startswith("offload_") and off):
             continue
-        why = "moments on the host would be slower than DDP for a model of this size" if "offload" in key else ""
-        raise LalicError(f"{source}: zero_optimization.{key} is not supported: remove it{why and f' ({why})'}")
+        if key.startswith("offload_"):
+            raise LalicError(
+                f"{source}: zero_optimization.{key} is not supported: remove it (this model's optimiser fits any GPU)"
+            )
+        raise LalicError(f"{source}: zero_optimization.{key} is not supported: remove it")
 
 
 def _number(text: str) -> float | str:

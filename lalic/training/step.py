@@ -3,9 +3,9 @@
     micro-batches ─► model (engine) ─► loss / accumulation ─► backward ─► clip main ─► Adam main
                                                             auxiliary loss ─► backward ─► Adam quantiles
 
-The quantiles of the entropy bottleneck stand outside DDP and DeepSpeed: the auxiliary loss does not depend on the data, so
-ranks that start equal stay equal. The clip sees the main parameters alone, as in the published recipe, where the
-main loss gives the quantiles exactly zero.
+The quantiles of the entropy bottleneck stand outside DDP and DeepSpeed: the auxiliary loss does not depend on the
+data, so ranks that start equal stay equal. The clip sees the main parameters alone, as in the published recipe, where
+the main loss gives the quantiles exactly zero.
 """
 
 from __future__ import annotations
