@@ -26,6 +26,9 @@ from lalic.training.engine_settings import deepspeed_asked, deepspeed_settings
 class Engine(Protocol):
     """The main parameters through backward passes and steps. All ranks call the same methods in the same order."""
 
+    name: str
+    """For the log and for checkpoints: DDP, ZeRO-1 or ZeRO-2."""
+
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[nn.Module]:
         """The model to call; forward and backward pass stand inside. Ranks exchange gradients in the last one."""
@@ -62,6 +65,8 @@ def build_engine(accelerator: Accelerator, model: LALIC, train: TrainSection) ->
 
 class DDPEngine:
     """One process, or several with the whole model each."""
+
+    name = "DDP"
 
     def __init__(self, accelerator: Accelerator, model: LALIC, optimizer: torch.optim.Adam, clip: float):
         keep_out_of_ddp(model, model.quantiles())

@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         self, accelerator: Accelerator, model: LALIC, optimizer: torch.optim.Adam, settings: Mapping[str, Any]
     ):
         """Raises SharedError when DeepSpeed cuts the parameters otherwise than this class knows."""
-        self.accelerator = accelerator
+        self.name = f"ZeRO-{settings['zero_optimization']['stage']}"
         self.parameters: list[nn.Parameter] = list(optimizer.param_groups[0]["params"])
         self._adam = optimizer
         self._zero = _initialize(accelerator, model, optimizer, settings)
