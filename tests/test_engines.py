@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engines import launch
-from test_resume import assert_identical
+from engines import ROOT, launch
+from test_resume import assert_identical, assert_same_end, environment, in_turn, launch_two
+from test_train import config_path, records  # noqa: F401 -- a fixture
+
+from lalic.training import checkpoint
 
 BACKENDS = ("DDP", "ZeRO-1", "ZeRO-2")
 STEPS, MIDDLE = 24, 20
@@ -165,3 +173,71 @@ def test_the_number_of_processes_changes_no_loss(
             for name, weights in outcome[backend]["model"].items():
                 if name.endswith("quantiles"):
                     assert largest(weights, one[1]["DDP"]["model"][name]) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path: Path, stage: int) -> None:  # noqa: F811
+    """To the same end, bit for bit; and on one process under DDP, over the same batches."""
+    yaml = f"deepspeed_zero{stage}"
+    status, said = launch_two(tmp_path, config_path, {"run": "reference"}, yaml)
+    assert status == 0, said
+    status, said = launch_two(tmp_path, config_path, {"run": "killed", "rank": 1, "kill": "step", "at": 5}, yaml)
+    assert status != 0 and "SIGKILL" in said, said
+    shutil.copytree(tmp_path / "killed", tmp_path / "elsewhere")
+    status, said = launch_two(tmp_path, config_path, {"run": "killed"}, yaml)
+    assert status == 0, said
+    assert_same_end(tmp_path / "killed", tmp_path / "reference")
+    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "killed"))["backend"] == f"ZeRO-{stage}"
+    statuses, texts = in_turn(tmp_path, config_path, [{"run": "elsewhere", "settings": ["train.accumulation=2"]}])
+    assert statuses == [0], texts
+    assert f"world_size 2 -> 1, backend ZeRO-{stage} -> DDP" in texts[0]
+    losses = [[(r["step"], r["loss"]) for r in records(tmp_path / run)] for run in ("elsewhere", "reference")]
+    assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("yaml", ["multi_node", "deepspeed_zero2"])
+def test_two_machines(config_path: Path, tmp_path: Path, yaml: str) -> None:  # noqa: F811
+    """One launcher on each, both here, with what differs on the command line: one run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")]
+    launcher += ["--num_machines", "2", "--num_processes", "2"]
+    launcher += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    program = ["-m", "lalic.train", "--config", str(config_path), f"run.dir={tmp_path / 'run'}"]
+    machines = [
+        subprocess.Popen(
+            [*launcher, "--machine_rank", str(rank), *program],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        said = [machine.communicate(timeout=400)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.send_signal(signal.SIGKILL)
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "".join(said).count("finished after 7 steps") == 1
+    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "run"))["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_settings_that_cannot_be_followed_end_the_run_in_one_line(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings = ["train.clip=1.0"]
+    bad = tmp_path / "zero3.json"
+    bad.write_text('{"zero_optimization": {"stage": 3}}')
+    yaml = tmp_path / "bad.yaml"
+    text = (ROOT / "launch" / "accelerate" / "deepspeed_zero1.yaml").read_text()
+    yaml.write_text(text.replace("launch/deepspeed/zero1.json", str(bad)))
+    order = {"run": "r", "settings": settings}
+    status, said = launch_two(tmp_path, config_path, order, str(yaml.with_suffix("")))
+    assert status != 0 and not (tmp_path / "r").exists()
+    assert said.count("error: ") == 1 and f"{bad}: zero_optimization.stage must be 1 or 2, not 3" in said
+    assert "Traceback" not in said.split("error: ")[1].splitlines()[0]

@@ -68,6 +68,11 @@ def start_processes(train: TrainSection) -> Accelerator:
     together(accelerator, lambda: train.micro_batch(accelerator.num_processes))
     if deepspeed_asked():
         together(accelerator, lambda: deepspeed_settings(train, accelerator.num_processes))
+        if not dist.is_initialized():
+            raise SharedError(
+                "DeepSpeed needs processes that accelerate started: accelerate launch --config_file "
+                "launch/accelerate/deepspeed_zero1.yaml -m lalic.train ..."
+            )
     return accelerator
 
 

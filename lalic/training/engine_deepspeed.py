@@ -185,8 +185,7 @@ def _initialize(
     accelerator: Accelerator, model: LALIC, optimizer: torch.optim.Adam, settings: Mapping[str, Any]
 ) -> Any:
     """DeepSpeed's engine over the processes that are there already."""
-    on_cpu = accelerator.device.type == "cpu"
-    if on_cpu:
+    if accelerator.device.type == "cpu":
         # Read when deepspeed is first imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -196,9 +195,8 @@ def _initialize(
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.* is deprecated")
     # Its information is for its developers.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if on_cpu:
-        # DeepSpeed would compile a shared-memory all-reduce of its own on every machine. A process killed in the
-        # middle of that leaves a lock for which all later ones wait for ever; gloo does the same work.
-        deepspeed.ops.__compatible_ops__ = {}
+    # The operators that DeepSpeed may compile: none. On a CPU it would build an all-reduce of its own when it starts,
+    # and a process killed in the middle of that leaves a lock for which all later ones wait for ever.
+    deepspeed.ops.__compatible_ops__ = {}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
     return engine
