@@ -117,8 +117,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LalicError:
         if first:
             raise
-        return 2
+        return leave_after_first()
     return _train_and_leave(config, first)
+
+
+def leave_after_first() -> int:
+    """The status of a rank whose error the first one prints, late: the launcher ends all ranks when one has ended."""
+    time.sleep(5)
+    return 2
 
 
 def _train_and_leave(config: RunConfig, first: bool) -> int:
@@ -135,7 +141,7 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
     except SharedError:
         if first:
             raise
-        return 2
+        return leave_after_first()
     except RuntimeError as error:
         # torch raises this one from a signal handler, wherever the program happens to be.
         if failure := worker_failure(error):

@@ -312,6 +312,17 @@ def test_only_the_quantiles_are_kept_out_of_ddp() -> None:
     assert left_out == {n for n, _ in model.named_parameters(remove_duplicate=False) if n.endswith(".quantiles")}
 
 
+def test_a_later_rank_leaves_the_first_one_time_to_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the first rank as soon as another has ended."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--config", str(tmp_path / "missing.yaml"), "run.dir=r"]) == 2
+    assert sum(slept) >= 5 and capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
