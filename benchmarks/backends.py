@@ -5,7 +5,9 @@ python benchmarks/backends.py bsds500/train --val bsds500/val --output benchmark
 
 Every run is what people start: `accelerate launch --config_file launch/accelerate/X.yaml -m lalic.train`, on two
 processes over gloo, or on one with two accumulation steps. Start, batches, crops and noise are the same, so all that
-may differ is the order in which numbers are added. How much that is by itself, one process against DDP shows.
+may differ is rounding. Training amplifies that, step by step, until the runs are two samples of the same thing. How fast
+it does so by itself, the second run shows: one process again, with the limit of the gradient norm one float32 rounding
+step higher.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from benchmarks.machine import describe  # noqa: E402 -- found from the checkout
 
 RUNS = {
     "one process": ("cpu1", ["train.accumulation=2"]),
+    "the same, rounded": ("cpu1", ["train.accumulation=2", f"train.clip={1 + 2**-23}"]),
     "DDP on 2": ("cpu2", []),
     "ZeRO-1 on 2": ("deepspeed_zero1", []),
     "ZeRO-2 on 2": ("deepspeed_zero2", []),
@@ -40,7 +43,7 @@ model: {{N: 16, dims: [16, 24, 32, 48, 32, 16], depths: [1, 1, 1, 1], groups: [8
 data: {{shards: {shards}, workers: 0, flip: true, val: {val}, val_crop: 128}}
 loss: {{metric: mse, quality: 3}}
 train: {{batch_size: 8, cpu_threads: 1}}
-stages: [{{steps: {steps}, lr: 5e-4, crop: 64}}]
+stages: [{{steps: {steps}, lr: 1e-4, crop: 64}}]
 validate: {{every: {steps}}}
 checkpoint: {{every: {steps}}}
 log: {{every: 1, images: 0}}
@@ -61,7 +64,7 @@ def make_inputs(work: Path, folder: Path, val: Path | None, steps: int) -> Path:
 def train(work: Path, config: Path, name: str) -> dict[str, Any]:
     """One run; its values at every step, and of the validation at the end."""
     yaml, settings = RUNS[name]
-    folder = work / yaml
+    folder = work / name.replace(" ", "-")
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")]
     if yaml.startswith("deepspeed"):
@@ -135,9 +138,9 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         row |= {"validation": curves[name]["validation"], "seconds": curves[name]["seconds"]}
         row |= differences(curves[name], next(iter(curves.values())))
         rows.append(row)
-        print(f"{name:12} loss {row['first']:.4f} -> {row['last']:.4f} in {row['seconds']:.0f} s")
+        print(f"{name:17} loss {row['first']:.4f} -> {row['last']:.4f} in {row['seconds']:.0f} s")
         print(
-            f"{'':12} apart by at most {row['loss_largest']:.1e} (first tenth of the steps "
+            f"{'':17} apart by at most {row['loss_largest']:.1e} (first tenth of the steps "
             f"{row['loss_largest_first_tenth']:.1e}), on average {row['loss_mean']:.1e}",
             flush=True,
         )
