@@ -5,9 +5,9 @@ python benchmarks/backends.py bsds500/train --val bsds500/val --output benchmark
 
 Every run is what people start: `accelerate launch --config_file launch/accelerate/X.yaml -m lalic.train`, on two
 processes over gloo, or on one with two accumulation steps. Start, batches, crops and noise are the same, so all that
-may differ is rounding. Training amplifies that, step by step, until the runs are two samples of the same thing. How fast
-it does so by itself, the second run shows: one process again, with the limit of the gradient norm one float32 rounding
-step higher.
+may differ is rounding. Training amplifies that, step by step, until the runs are two samples of the same thing. How
+fast it does so by itself, the second run shows: one process again, with the limit of the gradient norm one float32
+rounding step higher.
 """
 
 from __future__ import annotations
