@@ -76,12 +76,11 @@ def column(values: list[dict[str, float]], name: str) -> list[float]:
     return [v[name] for v in values]
 
 
-def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]], rel: float = 1e-4) -> None:
+def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Apart by what rounding makes of so few steps, with room for another machine's."""
     assert len(ours) == len(theirs) > 0
-    for name in ("loss", "bpp", "aux", "gradient_norm"):
-        assert column(ours, name) == pytest.approx(
-            column(theirs, name), rel=rel if name != "gradient_norm" else 2e-2
-        ), name
+    for name, rel in (("loss", 2e-5), ("bpp", 2e-5), ("aux", 1e-6), ("gradient_norm", 1e-3)):
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=rel), name
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -100,7 +99,7 @@ def test_deepspeed_gives_the_losses_of_ddp(outcome: Outcome, backend: str) -> No
             assert largest(weights, torch.zeros_like(weights)) > 1
         elif weights.is_floating_point() and weights.numel():
             difference = (weights.double() - theirs["model"][name].double()).abs().mean()
-            assert float(difference) < 2e-5, name
+            assert float(difference) < 5e-6, name
 
 
 @pytest.mark.parametrize("backend", ["ZeRO-1", "ZeRO-2"])
