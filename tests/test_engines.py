@@ -175,10 +175,9 @@ def test_the_number_of_processes_changes_no_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path: Path, stage: int) -> None:  # noqa: F811
+def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """To the same end, bit for bit; and on one process under DDP, over the same batches."""
-    yaml = f"deepspeed_zero{stage}"
+    yaml = "deepspeed_zero2"
     status, said = launch_two(tmp_path, config_path, {"run": "reference"}, yaml)
     assert status == 0, said
     status, said = launch_two(tmp_path, config_path, {"run": "killed", "rank": 1, "kill": "step", "at": 5}, yaml)
@@ -187,10 +186,10 @@ def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path
     status, said = launch_two(tmp_path, config_path, {"run": "killed"}, yaml)
     assert status == 0, said
     assert_same_end(tmp_path / "killed", tmp_path / "reference")
-    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "killed"))["backend"] == f"ZeRO-{stage}"
+    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "killed"))["backend"] == "ZeRO-2"
     statuses, texts = in_turn(tmp_path, config_path, [{"run": "elsewhere", "settings": ["train.accumulation=2"]}])
     assert statuses == [0], texts
-    assert f"world_size 2 -> 1, backend ZeRO-{stage} -> DDP" in texts[0]
+    assert "world_size 2 -> 1, backend ZeRO-2 -> DDP" in texts[0]
     losses = [[(r["step"], r["loss"]) for r in records(tmp_path / run)] for run in ("elsewhere", "reference")]
     assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-4)
 
