@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/backends.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs to train on")
     parser.add_argument("--val", type=Path, help="photographs to validate on at the end")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--work", type=Path, help="make shards and runs in here (default: a temporary folder)")
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
