@@ -43,9 +43,10 @@ def start_processes(train: TrainSection) -> Accelerator:
     Raises SharedError when the launcher was asked for something that the config contradicts.
     """
     _check_launcher(train)
-    make_deterministic(train.cpu_threads)
+    make_deterministic()
     # Newer torch renames the setting; accelerate passes the old name, which every supported version takes.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified", category=UserWarning)
     # Gradients of the merged depthwise kernels are laid out otherwise than DDP's buckets: a copy of a few kB.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with hidden_from_accelerate():
@@ -55,10 +56,17 @@ def start_processes(train: TrainSection) -> Accelerator:
             cpu=not torch.cuda.is_available(),
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                # All parameters are used. But a DDP that counts on it arranges its buckets anew after its first step,
+                # and the order in which three or more ranks are added up depends on the place in a bucket: the first
+                # step after a resume would have other bits than the same step of a run that was not interrupted.
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+                ),
                 InitProcessGroupKwargs(timeout=TIMEOUT),
             ],
         )
+    # accelerate sets a number of its own for a single process that torchrun started.
+    set_threads(train.cpu_threads)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SharedError(
@@ -76,8 +84,8 @@ def start_processes(train: TrainSection) -> Accelerator:
     return accelerator
 
 
-def make_deterministic(cpu_threads: int | None = None) -> None:
-    """Same input, same bits: deterministic kernels and a fixed number of threads."""
+def make_deterministic() -> None:
+    """Same input, same bits: deterministic kernels."""
     # cuBLAS reads this when its first handle is made.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = True
@@ -85,6 +93,10 @@ def make_deterministic(cpu_threads: int | None = None) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode would also fill every new tensor with NaN, which costs a pass over memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def set_threads(cpu_threads: int | None = None) -> None:
+    """So many threads for a rank; by default the cores of the machine, shared by the ranks that are on it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     torch.set_num_threads(cpu_threads or shared)
