@@ -52,7 +52,10 @@ def arrange(order: dict[str, Any]) -> None:
 
         TrainStep._auxiliary_step = drifted  # type: ignore[method-assign]
     elif kill in ("step", "SIGTERM", "SIGUSR1", "SIGINT", "STOP"):
+        from lalic.training import stop
+
         backward = TrainStep._backward
+        stop._LOOK_EVERY = 0.01  # else the file may be seen a second later, which is some steps
 
         def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
             values = backward(self, pixels, step, *more)

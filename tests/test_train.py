@@ -584,12 +584,12 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for i in range(1, 8):
         save_tiny(tmp_path, i)
     (checkpoint.folder_of(tmp_path, 7) / "model.pt").unlink()
-    checkpoint.prune(tmp_path, 2, [3])
+    checkpoint.prune(tmp_path, 7, keep=2, protected=[3])
     # 7 is damaged: it counts as none of the two, and stays as evidence.
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]
     for i in (5, 6):
         (checkpoint.folder_of(tmp_path, i) / "MANIFEST.json").unlink()
-    checkpoint.prune(tmp_path, 2, [])
+    checkpoint.prune(tmp_path, 7, keep=2)
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]  # the only complete one is not deleted
 
 

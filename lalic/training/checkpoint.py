@@ -26,7 +26,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lalic.errors import LalicError
 from lalic.files import fsync_folder, json_text, sha256_of, write_json
@@ -40,6 +40,7 @@ logger = logging.getLogger("lalic.train")
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 META = "meta.json"
+WEIGHTS, AVERAGED = "model.pt", "ema.pt"
 _NAME = re.compile(r"step-(\d{8,})$")
 _SAVING, _REPLACED, _DELETED = _TEMPORARY = (".saving-", ".replaced-", ".deleted-")
 
@@ -184,20 +185,33 @@ def load_tensors(checkpoint: str | Path, name: str) -> Any:
         raise LalicError(f"{path} is missing or damaged: {str(error).splitlines()[0][:200]}") from error
 
 
-def load_model(checkpoint: str | Path) -> LALIC:
-    """The model of a checkpoint folder, float32, on the CPU, in evaluation mode."""
+def has_average(checkpoint: str | Path) -> bool:
+    """Whether a folder is a checkpoint with averaged weights."""
+    return (Path(checkpoint) / AVERAGED).is_file()
+
+
+def load_model(checkpoint: str | Path, weights: Literal["ema", "raw"] | None = None) -> LALIC:
+    """The model of a checkpoint folder, float32, on the CPU, in evaluation mode.
+
+    `weights`: the averaged ones or those that were trained; None: averaged ones where there are any.
+    """
     from lalic.model import LALIC
 
+    if weights == "ema" and not has_average(checkpoint):
+        raise LalicError(f"{checkpoint} has no averaged weights: it was trained without train.ema")
+    averaged = weights == "ema" or (weights is None and has_average(checkpoint))
     meta = read_meta(checkpoint)
     try:
         model = LALIC(**meta["model"])
-        model.load_state_dict(load_tensors(checkpoint, "model.pt"))
+        model.load_state_dict(load_tensors(checkpoint, AVERAGED if averaged else WEIGHTS))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise LalicError(f"{checkpoint} holds no LALIC model: {' '.join(str(error).split())[:200]}") from error
     return model.eval()
 
 
-def prune(run: Path, written: int, *, keep: int, keep_every: int | None = None, protected: Collection[int] = ()) -> None:
+def prune(
+    run: Path, written: int, *, keep: int, keep_every: int | None = None, protected: Collection[int] = ()
+) -> None:
     """Delete old checkpoints, after that of step `written` is in place and was read back.
 
     What stays: the `keep` newest complete ones up to `written`, complete ones whose step is a multiple of

@@ -11,12 +11,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lalic.model import LALIC
+
+
+@dataclass(frozen=True)
+class SavedAverage:
+    """What a checkpoint keeps of it."""
+
+    state: Mapping[str, Any]
+    """Of the averaged model, in the layout of the model's."""
+    updates: int
 
 
 class Average:
@@ -53,15 +63,7 @@ class Average:
         """Steps that were taken in; waits for the device."""
         return int(self._updates)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The averaged model's, in the layout of the model's."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], updates: int) -> None:
-        """Go on from an average of `updates` steps."""
-        self.model.load_state_dict(state)
-        self._updates.fill_(updates)
-
-    def restart(self, model: LALIC) -> None:
-        """Begin anew from the weights of `model`."""
-        self.load_state_dict(model.state_dict(), 0)
+    def load(self, saved: SavedAverage | None, model: LALIC) -> None:
+        """Go on from a saved average; without one, begin anew with the weights of `model`."""
+        self.model.load_state_dict(saved.state if saved else model.state_dict())
+        self._updates.fill_(saved.updates if saved else 0)

@@ -24,6 +24,7 @@ from lalic.config import LossSection, TrainSection
 from lalic.model import LALIC
 from lalic.training.compiling import BlockCompiler, compile_errors
 from lalic.training.distributed import check_equal, seed_from
+from lalic.training.ema import Average
 from lalic.training.loss import rate_distortion
 from lalic.training.verdicts import Verdicts
 
@@ -63,6 +64,7 @@ class TrainStep:
         self.bare = model.to(accelerator.device).train()
         model.set_gradient_checkpointing(train.gradient_checkpointing)
         model.set_compute_dtype(torch.bfloat16 if train.precision == "bf16" else None)
+        self.average = Average(model, train.ema) if train.ema is not None else None
         self.compiler = BlockCompiler(accelerator) if train.compile else None
         if self.compiler:
             self.compiler.attach(model)
@@ -97,6 +99,8 @@ class TrainStep:
         self.optimizer.step()
         self.optimizer.zero_grad()
         values["aux"] = self._auxiliary_step()
+        if self.average is not None:
+            self.average.update(left_out)
         self.verdicts.read()
         return StepResult(values, left_out)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 _PIECE = 1 << 20
 """Bytes that are written or read at once; other threads run while they are summed."""
@@ -77,7 +77,7 @@ def save_tensors(value: Any, file: SummedFile) -> None:
     import torch
 
     try:
-        torch.save(value, file)
+        torch.save(value, cast(IO[bytes], file))
     except RuntimeError as error:
         if file.error is not None:
             raise file.error from error

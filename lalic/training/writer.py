@@ -75,12 +75,14 @@ class CheckpointWriter:
         texts: Mapping[str, str],
         meta: Mapping[str, Any],
         prune: Callable[[Path, int], None],
+        must: bool = False,
         began: float | None = None,
     ) -> None:
         """Copy the state and begin to write it; `prune(run, step)` follows when the checkpoint is in place.
 
-        `tensors`, `texts` and `meta` as for `checkpoint.save`; only `tensors` may change afterwards. `began`: the
-        time.perf_counter at which the step stopped for this. Every failure is logged; `wait` tells of it.
+        `tensors`, `texts` and `meta` as for `checkpoint.save`; nothing of them may change afterwards but the tensors.
+        `began`: the time.perf_counter at which the step stopped for this. A failure is logged, and the run goes on;
+        with `must` the caller asks `must_be_written`, which tells it.
         """
         began = time.perf_counter() if began is None else began
         if self._thread is not None and self._thread.is_alive():
@@ -91,11 +93,10 @@ class CheckpointWriter:
         except RuntimeError as error:
             if not (is_out_of_memory(error) or "out of memory" in str(error)):
                 raise
-            self._fail(Written(step, time.perf_counter() - began), "no host memory for a copy of the state")
+            self._fail(Written(step, time.perf_counter() - began), "no host memory for a copy of the state", must)
             return
         save = Written(step, time.perf_counter() - began)
         self.last = save
-        texts, meta = dict(texts), dict(meta)
 
         def work() -> None:
             _give_way()
@@ -108,7 +109,9 @@ class CheckpointWriter:
                 self.last = replace(save, error="it was given up")
                 return
             except Exception as error:  # whatever it is, the run is worth more than this checkpoint
-                self._fail(save, describe(error), unforeseen=not isinstance(error, OSError))
+                if not isinstance(error, OSError):
+                    logger.exception("an error that nobody has foreseen")
+                self._fail(save, describe(error), must)
                 return
             size = sum(file.stat().st_size for file in path.iterdir())
             done = replace(save, seconds=time.perf_counter() - started, bytes=size)
@@ -128,6 +131,11 @@ class CheckpointWriter:
             self._thread.join()
             self._thread = None
         return self.last
+
+    def failed(self, step: int) -> bool:
+        """Wait; whether the checkpoint of `step` was begun and did not come about."""
+        last = self.wait()
+        return last is not None and last.step == step and not last.good
 
     def must_be_written(self, step: int) -> None:
         """Wait, and raise LalicError when the checkpoint of `step` is not on the disk."""
@@ -160,9 +168,10 @@ class CheckpointWriter:
     def _failed(self, step: int) -> str:
         return f"the checkpoint of step {step} could not be written to {self.run}"
 
-    def _fail(self, save: Written, reason: str, *, unforeseen: bool = False) -> None:
+    def _fail(self, save: Written, reason: str, must: bool) -> None:
         self.last = replace(save, error=reason)
-        logger.error("%s: %s", self._failed(save.step), reason, exc_info=unforeseen)
+        if not must:
+            logger.error("%s: %s; the run goes on", self._failed(save.step), reason)
 
 
 def told(path: Path, save: Written) -> str:
