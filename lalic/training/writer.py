@@ -11,8 +11,6 @@ ends the run calls `close`.
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -32,9 +30,6 @@ PATIENCE = 60.0
 
 _LAST_MOMENT = 5.0
 """Seconds for a write that is given up to notice it."""
-
-_NICENESS = 10
-"""Of the writing thread: it takes what the threads of the step leave of the cores."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,6 @@ class CheckpointWriter:
         self.last = save
 
         def work() -> None:
-            _give_way()
             started = time.perf_counter()
             try:
                 path = checkpoint.save(
@@ -186,9 +180,3 @@ def describe(error: Exception) -> str:
     """One line on why a write failed."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())[:200]
-
-
-def _give_way() -> None:
-    """Lower this thread's priority. Linux alone has priorities of threads; elsewhere it would be the process's."""
-    if sys.platform == "linux":
-        os.nice(_NICENESS)
