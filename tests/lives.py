@@ -3,7 +3,8 @@
 This file is also the program that the tests start. `python tests/lives.py ORDERS.json` forks one run per order, each
 killed or stopped as it says; under `accelerate launch`, `... lives.py --one ORDER.json` is one rank of one run.
 
-An order: "run" (folder), "settings", "kill" with "at" (below) and "rank" (the one that is killed), "record" (note what
+An order: "run" (folder), "settings", "kill" with "at" (below) and "rank" (the one that is killed), "broken" (steps that
+are not finite) with "broken_rank", "data" ("unreadable" or "late") with "data_rank" and "data_at", "record" (note what
 was read), "damage" (flip a bit of the newest checkpoint instead of running).
 """
 
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -35,13 +37,19 @@ def end() -> None:
 
 
 def arrange(order: dict[str, Any]) -> None:
-    """Make this process meet its end where the order says. `at` counts from 0 for steps, as saved for saves."""
+    """Make this process meet its end where the order says. `at` counts from 0 for steps ("once": the first), as
+    saved for saves."""
     from lalic.training.step import TrainStep
 
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == order.get("broken_rank", rank):
+        break_steps(order.get("broken", []))
+    if rank == order.get("data_rank", 0) and "data" in order:
+        spoil_data(order["data"], order["data_at"])
     if order.get("record"):
         record_what_is_read(Path(order["run"]))
     kill, at = order.get("kill"), order.get("at", 0)
-    if kill is None or str(order.get("rank", os.environ.get("RANK", "0"))) != os.environ.get("RANK", "0"):
+    if kill is None or rank != order.get("rank", rank):
         return
     if kill == "drift":
         update = TrainStep._auxiliary_step
@@ -65,7 +73,40 @@ def arrange(order: dict[str, Any]) -> None:
         }[kill](at)
 
 
-def stop_in_step(order: dict[str, Any], kill: str, at: int) -> None:
+def break_steps(broken: list[int]) -> None:
+    """The loss of these steps, counted from 0, is not finite on this rank."""
+    from lalic.training.step import TrainStep
+
+    backward = TrainStep._backward
+
+    def breaks(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
+        terms = backward(self, pixels, step, *more)
+        return {**terms, "loss": terms["loss"] * float("nan")} if step in broken else terms
+
+    TrainStep._backward = breaks  # type: ignore[method-assign]
+
+
+def spoil_data(how: str, at: int) -> None:
+    """The batch of step `at` cannot be read on this rank, or does not come."""
+    from lalic.errors import LalicError
+    from lalic.training.session import Session
+
+    micro_batches = Session.micro_batches
+
+    def spoiled(self: Session) -> Any:
+        batches = micro_batches(self)
+        while True:
+            if self.step == at and how == "unreadable":
+                raise LalicError("the shard is gone")
+            if self.step == at:
+                print("waits for its data", file=sys.stderr, flush=True)
+                time.sleep(400)
+            yield next(batches)
+
+    Session.micro_batches = spoiled  # type: ignore[method-assign]
+
+
+def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
     """Killed, or asked to stop, in the backward pass of step `at`."""
     from lalic.training import stop
     from lalic.training.step import TrainStep
@@ -75,11 +116,13 @@ def stop_in_step(order: dict[str, Any], kill: str, at: int) -> None:
 
     def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
         values = backward(self, pixels, step, *more)
-        if step == at and kill == "step":
+        if at not in (step, "once"):
+            pass
+        elif kill == "step":
             end()
-        elif step == at and kill == "STOP":
+        elif kill == "STOP":
             Path(order["run"], "STOP").touch()
-        elif step == at:
+        else:
             os.kill(os.getpid(), getattr(signal, kill))
         return values
 

@@ -21,7 +21,7 @@ from lalic.data.images import list_images
 from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
 from lalic.release import open_weights
-from lalic.training import checkpoint, session
+from lalic.training import checkpoint, inputs
 from lalic.training.step import TrainStep
 from lalic.training.validate import validate
 
@@ -250,5 +250,5 @@ class TestWhatIsTaken:
         path = checkpoint.find_checkpoint(finished)
         config = read_config(config_path, [f"train.init_from={finished if whole else path}"])
         state = torch.load(path / "ema.pt", weights_only=True)
-        assert all(torch.equal(p, state[n]) for n, p in session.new_model(config).named_parameters())
+        assert all(torch.equal(p, state[n]) for n, p in inputs.new_model(config).named_parameters())
         assert f"weights from {path}, averaged" in caplog.text

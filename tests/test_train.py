@@ -27,7 +27,7 @@ from lalic import train
 from lalic.config import LossSection, RunConfig, StageSection, TrainSection, read_config
 from lalic.errors import LalicError
 from lalic.model import LALIC
-from lalic.training import checkpoint, environment, session, step
+from lalic.training import checkpoint, environment, inputs, step
 from lalic.training.distributed import SharedError, on_first_rank, seed_from, start_processes
 from lalic.training.schedule import plan
 from lalic.training.step import TrainStep, keep_out_of_ddp
@@ -527,7 +527,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
     path = checkpoint.find_checkpoint(finished)
     source = {"run": finished, "checkpoint": path, "file": path / "model.pt"}[kind]
     config = read_config(config_path, [f"train.init_from={source}"])
-    model = session.new_model(config)
+    model = inputs.new_model(config)
     expected = torch.load(path / "model.pt", weights_only=True)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -535,7 +535,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
 def test_weights_of_another_architecture_are_refused(finished: Path, config_path: Path) -> None:
     config = read_config(config_path, [f"train.init_from={finished}", "model.depths=[1, 1, 2, 1]"])
     with pytest.raises(LalicError, match=r"another architecture .*depths"):
-        session.new_model(config)
+        inputs.new_model(config)
 
 
 def save_tiny(run_folder: Path, number: int) -> Path:

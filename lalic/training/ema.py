@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lalic.model import LALIC
+from lalic.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,14 @@ class SavedAverage:
     state: Mapping[str, Any]
     """Of the averaged model, in the layout of the model's."""
     updates: int
+
+
+def read_average(folder: Path) -> SavedAverage | None:
+    """The averaged weights of a checkpoint folder, None when it has none."""
+    meta = checkpoint.read_meta(folder)
+    if not meta.get("ema"):
+        return None
+    return SavedAverage(checkpoint.load_tensors(folder, checkpoint.AVERAGED), meta["ema"]["updates"])
 
 
 class Average:

@@ -6,104 +6,35 @@ config, index, checkpoint ─► Session ── step, validate, save ──► R
 from __future__ import annotations
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lalic.config import RunConfig, config_text
-from lalic.data.images import list_images
-from lalic.data.loader import build_loader, eligible_samples
-from lalic.data.reader import Reader
-from lalic.data.source import open_shards
-from lalic.errors import LalicError
-from lalic.model import LALIC, load_weights
+from lalic.data.loader import build_loader
+from lalic.model import LALIC
 from lalic.remote import without_password
 from lalic.training import checkpoint
-from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
+from lalic.training.distributed import SharedError, check_equal, on_first_rank, together
 from lalic.training.ema import SavedAverage
 from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.inputs import read_inputs
+from lalic.training.recovery import Health, read_weights, rollback_target
 from lalic.training.run_folder import CONFIG, RunFolder
-from lalic.training.schedule import Schedule, Stage, plan
+from lalic.training.schedule import Stage
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
 from lalic.training.writer import CheckpointWriter, Written
 
 logger = logging.getLogger("lalic.train")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads before its first step."""
-
-    reader: Reader
-    images: list[Path]
-    """To validate on."""
-    schedule: Schedule
-    model: LALIC
-    saved: dict[str, Any] | None
-    """Of the checkpoint to resume from: "meta", "optimizer", "average" (None: it has none) and "rng"."""
-
-
-def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
-    """Everything from the disk, on one rank. Raises LalicError for what is missing or does not fit."""
-    data = config.data
-    reader = open_shards(data.shards, endpoint=data.endpoint, cache=data.cache, cache_size=data.cache_size)
-    index = reader.index
-    images = list_images(data.val) if data.val else []
-
-    def samples(crop: int) -> int:
-        return len(eligible_samples(index, crop))
-
-    schedule = plan(config.stages, config.train.batch_size, samples)
-    seed = seed_from(config.run.seed)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if resume_from is None:
-        return Inputs(reader, images, schedule, new_model(config), None)
-    saved = {
-        "meta": checkpoint.read_meta(resume_from),
-        "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
-        "average": read_average(resume_from),
-        "rng": checkpoint.load_tensors(resume_from, "rng.pt"),
-    }
-    if saved["meta"]["shards"] != index.fingerprint:
-        raise LalicError(
-            f"{without_password(data.shards)} does not hold the samples that this run was started on: point "
-            "data.shards at them, or use another run.dir"
-        )
-    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from, "raw"), saved)
-
-
-@dataclass(frozen=True)
-class Health:
-    """What a run has survived, as its checkpoints remember it."""
-
-    skipped: int = 0
-    """Steps that were not finite."""
-    rollbacks: int = 0
-    target: int | None = None
-    """Step of the checkpoint that the run went back to last."""
-    to_target: int = 0
-    """How often it went back there, one time after the other."""
-
-    def rollbacks_to(self, step: int) -> int:
-        """How often the run went back to the checkpoint of `step`, without going to another since."""
-        return self.to_target if self.target == step else 0
-
-    def after_rollback(self, step: int) -> Health:
-        """One more, to the checkpoint of `step`."""
-        return Health(self.skipped, self.rollbacks + 1, step, self.rollbacks_to(step) + 1)
 
 
 class Session:
@@ -273,7 +204,12 @@ class Session:
         if health.on_nonfinite == "stop":
             raise SharedError(f"{row} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
         begin = self.step - verdicts.in_row
-        target = on_first_rank(self.accelerator, lambda: self._rollback_target(folder, begin))
+        if self.writer:
+            self.writer.wait()
+        target = on_first_rank(
+            self.accelerator,
+            lambda: rollback_target(folder.path, self.health, begin, self.config.checkpoint.every),
+        )
         if target is None:
             raise SharedError(f"{row}, and there is no checkpoint before them to go back to: {advice}")
         back = checkpoint.read_meta(target)["step"]
@@ -286,24 +222,10 @@ class Session:
         if self.stepper.average is not None:
             self.stepper.average.load(state["average"], self.model)
         verdicts.restart()
-        self.health = self.health.after_rollback(back)
+        self.health = self.health.after_rollback(back, self.step)
         self.saved_step = None
         if self.accelerator.is_main_process:
             logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
-
-    def _rollback_target(self, folder: RunFolder, begin: int) -> Path | None:
-        """The newest complete periodic checkpoint of at most `begin` steps, else the newest one of those.
-
-        Periodic ones come first, because a run that was never stopped has no others: it would go back there.
-        """
-        if self.writer:
-            self.writer.wait()
-        every = self.config.checkpoint.every
-        candidates = [s for s in checkpoint.steps_on_disk(folder.path) if s <= begin]
-        for step in sorted(candidates, key=lambda s: (s % every == 0, s), reverse=True):
-            if checkpoint.problem(checkpoint.folder_of(folder.path, step)) is None:
-                return checkpoint.folder_of(folder.path, step)
-        return None
 
     def save_due(self) -> bool:
         """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
@@ -388,11 +310,9 @@ class Session:
 
     def _protected(self) -> set[int]:
         """Steps whose checkpoints are needed still: the best one, and the one to go back to."""
-        steps = {self.best["step"]} if self.best else set()
-        every = self.config.checkpoint.every
-        # What a streak of skipped steps that is going on now would go back to.
         begin = self.step - self.stepper.verdicts.in_row
-        return steps | {begin - begin % every}
+        best = {self.best["step"]} if self.best else set()
+        return best | self.health.may_return_to(begin, self.config.checkpoint.every)
 
     def _restore(
         self, meta: dict[str, Any], optimizer: dict[str, Any], average: SavedAverage | None, rng: dict[int, Any]
@@ -438,38 +358,3 @@ class Session:
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
                 ", ".join(changed),
             )
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """ "model", "optimizer" and "average" of a checkpoint folder."""
-    tensors = {name: checkpoint.load_tensors(path, f"{name}.pt") for name in ("model", "optimizer")}
-    return {**tensors, "average": read_average(path)}
-
-
-def read_average(path: Path) -> SavedAverage | None:
-    """The averaged weights of a checkpoint folder, None when it has none."""
-    meta = checkpoint.read_meta(path)
-    if not meta.get("ema"):
-        return None
-    return SavedAverage(checkpoint.load_tensors(path, checkpoint.AVERAGED), meta["ema"]["updates"])
-
-
-def new_model(config: RunConfig) -> LALIC:
-    """The model of a new run: fresh weights, or those of `train.init_from`."""
-    if config.train.init_from is None:
-        return LALIC(**config.model.arguments())
-    source = Path(config.train.init_from)
-    if (source / checkpoint.FOLDER).is_dir():
-        source = checkpoint.find_checkpoint(source)
-    found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
-    model = LALIC(**config.model.arguments())
-    try:
-        model.load_state_dict(found.state_dict())
-    except RuntimeError as error:
-        differing = [f"{k} {v} there, {model.config[k]} here" for k, v in found.config.items() if v != model.config[k]]
-        raise LalicError(
-            f"train.init_from: {source} is of another architecture than the config's model section "
-            f"({'; '.join(differing)})"
-        ) from error
-    logger.info("weights from %s%s", source, ", averaged" if checkpoint.has_average(source) else "")
-    return model
