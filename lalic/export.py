@@ -1,11 +1,12 @@
 """Turn a checkpoint into a release bundle (see lalic.release).
 
-    python -m lalic.export --run RUN --output release/ [--step N | --best]
+    python -m lalic.export --run RUN --output release/ [--step N | --best] [--weights ema|raw]
     python -m lalic.export --checkpoint lalic-mse-q3.pth --output release/
 
-The second form bundles weights that come from elsewhere, such as published ones. Metric and lambda are taken
-from the checkpoint or from a file name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and
-`--quality` or `--lambda`.
+Of a run that was trained with `train.ema`, the averaged weights are taken, which are those that were validated;
+`--weights raw` takes those of the last step. The second form bundles weights that come from elsewhere, such as
+published ones. Metric and lambda are taken from the checkpoint or from a file name like `lalic-mse-q3.pth`; otherwise
+give them with `--metric` and `--quality` or `--lambda`.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.run is not None:
         if not args.run.is_dir():
             raise LalicError(f"no such run folder: {args.run}")
-        weights = open_checkpoint(args.run, best_step(args.run) if args.best else args.step)
+        weights = open_checkpoint(args.run, best_step(args.run) if args.best else args.step, args.weights)
     elif args.step is not None or args.best:
         raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
     else:
-        weights = open_weights(args.checkpoint)
+        weights = open_weights(args.checkpoint, args.weights)
     weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
-    log.info("weights of %s", weights.source)
-    folder = write_bundle(weights, args.output, force=args.force, recipe=training_facts(Path(weights.source)))
+    log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
+    recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema")
+    folder = write_bundle(weights, args.output, force=args.force, recipe=recipe)
     print(folder)
     return 0
 
@@ -73,7 +75,7 @@ def best_step(run: Path) -> int:
     return int(best["step"])
 
 
-def training_facts(checkpoint: Path) -> dict[str, Any]:
+def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any]:
     """What a checkpoint folder says about its training, for the model card; {} for weights from elsewhere."""
     if not (checkpoint / "meta.json").exists():
         return {}
@@ -89,6 +91,8 @@ def training_facts(checkpoint: Path) -> dict[str, Any]:
     stages = [stage for stage in config.get("stages") or () if isinstance(stage, dict)]
     if stages:
         facts["stages"] = "; ".join(_stage(stage) for stage in stages)
+    if averaged:
+        facts["decay of the averaged weights"] = str(meta["ema"]["decay"])
     return facts
 
 
@@ -119,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="checkpoint of this step (default: the newest complete one)")
     which.add_argument("--best", action="store_true", help="checkpoint with the lowest validation loss")
+    kinds = "averaged weights or those of the last step of a run with train.ema (default: averaged where there are any)"
+    parser.add_argument("--weights", choices=("ema", "raw"), help=kinds)
     parser.add_argument("--metric", choices=tuple(LADDERS), help="what the weights were trained for")
     multiplier = parser.add_mutually_exclusive_group()
     multiplier.add_argument("--quality", type=int, choices=range(1, 7), help="quality label, gives lambda")

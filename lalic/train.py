@@ -43,7 +43,7 @@ def train(config: RunConfig) -> None:
     on_first_rank(accelerator, lambda: folder.record(config))
     agreement = Agreement(accelerator)
     stop = StopRequest(folder.stop_file, spread=accelerator.num_processes > 1)
-    with stop, closing(session.tracker) as tracker:
+    with stop, session, closing(session.tracker) as tracker:
         if session.validation_due() and not agreement.leave(stop.reason):
             session.validate(folder)
         while not session.done:
