@@ -32,7 +32,7 @@ FILE = "events.jsonl"
 class EventLog:
     """Adds lines to a run's events.jsonl. Any rank may: a line is one write to the end of the file.
 
-    A line that cannot be written (a full disk) is reported once and ends nothing.
+    A line that cannot be written (a full disk, no folder) is reported once and ends nothing.
     """
 
     def __init__(self, run: Path, *, rank: int = 0, world_size: int = 1):
@@ -41,20 +41,36 @@ class EventLog:
         self._complained = False
 
     def record(self, kind: str, step: int | None = None, **facts: Any) -> None:
-        """Write one event, down to the disk; `step` counts the steps that are done.
-
-        Nothing is written where there is no run folder: a run that never began has no history.
-        """
+        """Write one event, down to the disk; `step` counts the steps that are done."""
         event = {"time": round(time.time(), 3), "kind": kind, "step": step, "host": socket.gethostname()}
         event |= {"rank": self.rank, "world_size": self.world_size, **facts}
         try:
             _append(self.path, json.dumps({key: _plain(value) for key, value in event.items()}))
-        except FileNotFoundError:
-            pass
         except OSError as error:
             if not self._complained:
                 logger.error("%s cannot be written any more: %s", self.path, error.strerror or error)
             self._complained = True
+
+
+_current: EventLog | None = None
+
+
+def begin(run: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    """From here `record` writes to this run's file. Call it once the folder is held: till then it may be another's."""
+    global _current
+    _current = EventLog(run, rank=rank, world_size=world_size)
+
+
+def end() -> None:
+    """From here `record` does nothing."""
+    global _current
+    _current = None
+
+
+def record(kind: str, step: int | None = None, **facts: Any) -> None:
+    """`EventLog.record` of the run of this process, if there is one."""
+    if _current is not None:
+        _current.record(kind, step, **facts)
 
 
 def _plain(value: Any) -> Any:

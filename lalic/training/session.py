@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,11 +26,12 @@ from lalic.data.source import open_shards
 from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
 from lalic.remote import without_password
-from lalic.training import checkpoint
+from lalic.training import checkpoint, events, watchdog
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
-from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.environment import device_name, job, random_state, set_random_state, versions
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Schedule, Stage, plan
+from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
@@ -133,6 +135,8 @@ class Session:
             logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
         else:
             logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
+            if accelerator.is_main_process:
+                events.record("started", 0, total_steps=self.schedule.total_steps, **job())
         self.tracker.open(self.step)
 
     @property
@@ -152,6 +156,7 @@ class Session:
 
     def micro_batches(self) -> Iterator[Mapping[str, Any]]:
         """This rank's micro-batches of what is left of the stage."""
+        watchdog.enter(STARTING, self.step)
         data, train, stage = self.config.data, self.config.train, self.stage
         start = self.step - stage.first_step
         loader = together(
@@ -188,6 +193,7 @@ class Session:
 
         When an image cannot be read any more, the steps that are done are saved before the error is raised.
         """
+        watchdog.enter(VALIDATION, self.step)
         log = self.config.log
         nth = self.step // self.config.validate.every
         pictures = log.images if nth % log.images_every == 0 or self.done else 0
@@ -225,7 +231,13 @@ class Session:
             self.health = replace(self.health, skipped=self.health.skipped + 1)
             if self.accelerator.is_main_process:
                 logger.warning("skipped, because it is not finite: %s", skipped)
+                events.record("skipped", skipped.step + 1, loss=skipped.loss, gradient_norm=skipped.gradient_norm)
         self.stepper.verdicts.unseen.clear()
+
+    def counts(self) -> dict[str, Any]:
+        """What a log line tells of the whole run so far."""
+        health, graphs = self.health, self.stepper.compiled_graphs
+        return {"skipped": health.skipped, "rollbacks": health.rollbacks, "compiled_graphs": graphs}
 
     @property
     def halted(self) -> bool:
@@ -262,6 +274,7 @@ class Session:
         self.saved_step = None
         if self.accelerator.is_main_process:
             logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
+            events.record("rollback", self.step, to_step=back)
 
     def _rollback_target(self, folder: RunFolder, begin: int) -> Path | None:
         """The newest complete periodic checkpoint of at most `begin` steps, else the newest one of those.
@@ -287,6 +300,8 @@ class Session:
         When that fails (a full disk), nothing older is lost, and the run goes on to the next one with an error in
         the log; with `must` it ends instead, in one line.
         """
+        watchdog.enter(CHECKPOINT, self.step)
+        started = time.perf_counter()
         check_equal(self.accelerator, self.model.parameters())
         own = {**random_state(self.accelerator.device), "log": self.tracker.state_dict()}
         ranks = gather_object([own])
@@ -297,14 +312,20 @@ class Session:
             except OSError as error:
                 reason = error.strerror or str(error)
                 message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
+                events.record("checkpoint_failed", self.step, error=reason)
                 if must:
                     raise LalicError(f"{message}; older checkpoints are intact") from error
                 logger.error("%s; the run goes on", message)
                 return None
             return str(path)
 
-        if on_first_rank(self.accelerator, write) is not None:
+        saved = on_first_rank(self.accelerator, write) is not None
+        seconds = time.perf_counter() - started
+        self.tracker.saved(seconds)
+        if saved:
             self.saved_step = self.step
+            if self.accelerator.is_main_process:
+                events.record("checkpoint", self.step, stopped_seconds=round(seconds, 3))
 
     def keep(self, folder: RunFolder) -> None:
         """Write a checkpoint of the steps that are done, unless it is there; for a run that cannot go on."""
@@ -383,7 +404,11 @@ class Session:
         }
         was = {**{k: meta.get(k) for k in now}, **meta.get("versions", {})}
         changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
-        if changed and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        before = {"world_size_before": meta.get("world_size"), "changed": changed}
+        events.record("resumed", self.step, total_steps=self.schedule.total_steps, **before, **job())
+        if changed:
             logger.warning(
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
                 ", ".join(changed),
