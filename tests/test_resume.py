@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,48 @@ KILLS = {
 }
 
 
+def break_steps(broken: list[int]) -> None:
+    """The loss of these steps, counted from 0, is not finite on this rank."""
+    from lalic.training.step import TrainStep
+
+    backward = TrainStep._backward
+
+    def breaks(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
+        terms = backward(self, pixels, step, *more)
+        return {**terms, "loss": terms["loss"] * float("nan")} if step in broken else terms
+
+    TrainStep._backward = breaks  # type: ignore[method-assign]
+
+
+def spoil_data(how: str, at: int) -> None:
+    """The batch of step `at` cannot be read on this rank, or does not come."""
+    from lalic.errors import LalicError
+    from lalic.training.session import Session
+
+    micro_batches = Session.micro_batches
+
+    def spoiled(self: Session) -> Any:
+        batches = micro_batches(self)
+        while True:
+            if self.step == at and how == "unreadable":
+                raise LalicError("the shard is gone")
+            if self.step == at:
+                print("waits for its data", file=sys.stderr, flush=True)
+                time.sleep(400)
+            yield next(batches)
+
+    Session.micro_batches = spoiled  # type: ignore[method-assign]
+
+
 def arrange(order: dict[str, Any]) -> None:
     """Make this process meet its end where the order says. `at` counts from 0 for steps, as saved for saves."""
     from lalic.training.step import TrainStep
 
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == order.get("broken_rank", rank):
+        break_steps(order.get("broken", []))
+    if rank == order.get("data_rank", 0) and "data" in order:
+        spoil_data(order["data"], order["data_at"])
     kill, at = order.get("kill"), order.get("at")
     if str(order.get("rank", os.environ.get("RANK", "0"))) != os.environ.get("RANK", "0"):
         return
