@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lalic.config import RunConfig
+from lalic.durations import duration
 from lalic.memory import PeakMemory, peak_resident_bytes
 from lalic.training.distributed import rows_of_ranks
 from lalic.training.run_folder import LOG, TENSORBOARD
@@ -208,9 +209,3 @@ def keep_until(log: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_text(log, "".join(kept))
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    seconds = max(0, round(seconds))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
