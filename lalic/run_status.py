@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import socket
 import struct
@@ -32,6 +31,8 @@ Record = Mapping[str, Any]
 
 _QUIET = 1800.0
 """Seconds that a run may say nothing, however often it should: a validation or a checkpoint may take so long."""
+
+_MOST = 1e15
 
 _RECENT = 20
 """Log lines that the speed is taken from."""
@@ -103,7 +104,7 @@ def read_status(run: str | Path) -> RunStatus:
         raise LalicError(f"{run} is no run folder" if run.is_dir() else f"no such run folder: {run}")
     config = _config(run)
     lines, validations = _log(run)
-    events = read_events(run)
+    events = [_sane(event) for event in read_events(run)]
     saved = _checkpoints(run)
     last_checkpoint = next((c.step for c in saved if c.problem is None), None)
     meta = _meta(run, last_checkpoint)
@@ -226,7 +227,7 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and _whole(record, "step") is not None else None
+    return _sane(record) if isinstance(record, dict) and _whole(record, "step") is not None else None
 
 
 def _checkpoints(run: Path) -> tuple[SavedStep, ...]:
@@ -234,13 +235,20 @@ def _checkpoints(run: Path) -> tuple[SavedStep, ...]:
         steps = checkpoint.steps_on_disk(run)
     except OSError:
         return ()
-    return tuple(SavedStep(s, checkpoint.problem(checkpoint.folder_of(run, s), contents=False)) for s in steps)
+    return tuple(SavedStep(step, _problem(checkpoint.folder_of(run, step))) for step in steps)
+
+
+def _problem(folder: Path) -> str | None:
+    try:
+        return checkpoint.problem(folder, contents=False)
+    except RecursionError:
+        return "it cannot be read"
 
 
 def _meta(run: Path, step: int | None) -> Record:
-    with suppress(LalicError):
+    with suppress(LalicError, RecursionError):
         if step is not None:
-            return checkpoint.read_meta(checkpoint.folder_of(run, step))
+            return _sane(checkpoint.read_meta(checkpoint.folder_of(run, step)))
     return {}
 
 
@@ -251,7 +259,7 @@ def _step(run: Path, lines: Sequence[Record], events: Sequence[Record], last_che
         for record in (*lines[-1:], *events[-1:])
         if (step := _whole(record, "step")) is not None
     ]
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
         done = _whole(json.loads((run / DONE).read_text()), "step")
         if done is not None:
             return done
@@ -283,12 +291,20 @@ def _without_kind(record: Record) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("kind", "time")}
 
 
+def _sane(value: Any) -> Any:
+    """The value with None for every number that no run writes: not finite, or too large to reckon with."""
+    if isinstance(value, dict):
+        return {key: _sane(each) for key, each in value.items()}
+    if isinstance(value, float | int) and not abs(value) < _MOST:
+        return None
+    return value
+
+
 def _number(record: Record, key: str) -> float | None:
-    value = record.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+    value = _sane(record.get(key))
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _whole(record: Record, key: str) -> int | None:
-    value = record.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    value = _number(record, key)
+    return value if isinstance(value, int) and value >= 0 else None

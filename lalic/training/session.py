@@ -211,7 +211,8 @@ class Session:
             self.health = replace(self.health, skipped=self.health.skipped + 1)
             if self.accelerator.is_main_process:
                 logger.warning("skipped, because it is not finite: %s", skipped)
-                events.record("skipped", skipped.step + 1, loss=skipped.loss, gradient_norm=skipped.gradient_norm)
+                values = {"loss": skipped.loss, "gradient_norm": skipped.gradient_norm, "broken_rank": skipped.rank}
+                events.record("skipped", skipped.step + 1, **values)
         self.stepper.verdicts.unseen.clear()
 
     def counts(self) -> dict[str, Any]:
