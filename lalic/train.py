@@ -138,8 +138,10 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
 
     from lalic.data.loader import worker_failure
     from lalic.training.distributed import SharedError
+    from lalic.training.stop import stop_with_launcher
     from lalic.training.watchdog import Watchdog
 
+    stop_with_launcher()
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     watchdog = Watchdog(config.health.stall_timeout, rank=int(os.environ.get("RANK", 0)), world_size=ranks)
     try:
@@ -169,7 +171,7 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
 
 def _record_failure(error: Exception, step: int) -> None:
     kind = "" if isinstance(error, LalicError) else f"{type(error).__name__}: "
-    events.record("failed", step, error=(kind + " ".join(str(error).split()))[:500])
+    events.record_failure(step, error=(kind + " ".join(str(error).split()))[:500])
 
 
 if __name__ == "__main__":

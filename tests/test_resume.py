@@ -66,7 +66,8 @@ def spoil_data(how: str, at: int) -> None:
 
 
 def arrange(order: dict[str, Any]) -> None:
-    """Make this process meet its end where the order says. `at` counts from 0 for steps, as saved for saves."""
+    """Make this process meet its end where the order says. `at` counts from 0 for steps ("once": the first), as
+    saved for saves."""
     from lalic.training.step import TrainStep
 
     rank = int(os.environ.get("RANK", "0"))
@@ -95,11 +96,13 @@ def arrange(order: dict[str, Any]) -> None:
 
         def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
             values = backward(self, pixels, step, *more)
-            if step == at and kill == "step":
+            if at not in (step, "once"):
+                pass
+            elif kill == "step":
                 end()
-            elif step == at and kill == "STOP":
+            elif kill == "STOP":
                 Path(order["run"], "STOP").touch()
-            elif step == at:
+            else:
                 os.kill(os.getpid(), getattr(signal, kill))
             return values
 
@@ -382,6 +385,35 @@ def test_killed_at_three_points_and_resumed_on_two_processes(config_path: Path, 
     status, said = launch_two(tmp_path, config_path, {"run": "killed"})
     assert status == 0, said
     assert_same_end(tmp_path / "killed", tmp_path / "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu1", "cpu2"])
+def test_ranks_do_not_train_on_without_their_launcher(config: str, config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """kill -9 of the launcher: its ranks save a checkpoint and leave, and the next start has the folder."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{config}.yaml"), "-m", "lalic.train"]
+    settings = [f"run.dir={tmp_path / 'run'}", "data.val=", "checkpoint.every=100000"]
+    long = "stages=[{steps: 100000, lr: 1e-4, crop: 64}]"
+    command = [*launcher, "--config", str(config_path), *settings, long]
+    with open(tmp_path / "said", "w+") as said:
+        running = subprocess.Popen(command, stderr=said, stdout=said, env=environment())
+        log = tmp_path / "run" / "log.jsonl"
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert running.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        running.kill()
+        running.wait()
+    steps = len(log.read_text().splitlines())
+    try:
+        # The next start waits for the orphans' lock, and finds what they have saved.
+        end = {"run": "run", "settings": [*settings[1:], long], "kill": "SIGTERM", "at": "once"}
+        (status,), (text,) = in_turn(tmp_path, config_path, [end])
+        assert status == 0, text
+    finally:
+        (tmp_path / "run" / "STOP").touch()  # an orphan that has not heard of anything does not stay behind
+    first, *_ = sorted(checkpoint.steps_on_disk(tmp_path / "run"))
+    assert first >= steps and f"resumed from {checkpoint.folder_of(tmp_path / 'run', first)}" in text
 
 
 @pytest.mark.slow

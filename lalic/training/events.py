@@ -73,6 +73,19 @@ def record(kind: str, step: int | None = None, **facts: Any) -> None:
         _current.record(kind, step, **facts)
 
 
+def record_failure(step: int, *, error: str) -> None:
+    """Record "failed", unless that or a stall was recorded since the run was started last.
+
+    When one rank fails, the others fail after it, on connections that are closed: what they say is not the cause.
+    """
+    if _current is None:
+        return
+    kinds = [event["kind"] for event in read_events(_current.path.parent)]
+    last = next((kind for kind in reversed(kinds) if kind in ("started", "resumed", "failed", "stalled")), None)
+    if last not in ("failed", "stalled"):
+        _current.record("failed", step, error=error)
+
+
 def _plain(value: Any) -> Any:
     """JSON has no numbers that are not finite; here they are what one wants to read: "nan", "inf"."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
