@@ -62,6 +62,16 @@ def test_nothing_is_recorded_of_a_run_that_is_not_held(tmp_path: Path) -> None:
     assert [event["kind"] for event in events.read_events(tmp_path)] == ["started"]
 
 
+def test_the_first_failure_is_the_cause_of_the_others(tmp_path: Path) -> None:
+    """Ranks that fail because another one did say nothing; the same failure of the next start is told again."""
+    for start in (1, 2):
+        events.begin(tmp_path)
+        events.record_failure(3, error=f"{start}: no such file")
+        events.record_failure(3, error="connection closed")
+        events.end()
+    assert [event["error"] for event in events.read_events(tmp_path)] == ["1: no such file", "2: no such file"]
+
+
 LONGER = ["stages=[{steps: 9, lr: 1e-3, crop: 64}]", "data.val=", "health.max_skipped=2", "checkpoint.keep=9"]
 
 ORDERS: list[dict[str, Any]] = [

@@ -328,6 +328,7 @@ def test_beat_survives_the_store() -> None:
     assert Beat.decode(beat.encode().encode()) == beat
 
 
+@pytest.mark.slow
 def test_training_whose_data_stop_ends_and_resumes(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """The whole program, on one process and on two, and its history in events.jsonl."""
     scene = {"config": str(config_path), "at": 3, "does": "hang"}

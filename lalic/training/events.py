@@ -21,6 +21,7 @@ import math
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ class EventLog:
         self.path = run / FILE
         self.rank, self.world_size = rank, world_size
         self._complained = False
+        self._before = 0
+        with suppress(OSError):
+            self._before = self.path.stat().st_size
+
+    def own(self) -> list[dict[str, Any]]:
+        """The events since this was made, of all ranks."""
+        return read_events(self.path.parent, self._before)
 
     def record(self, kind: str, step: int | None = None, **facts: Any) -> None:
         """Write one event, down to the disk; `step` counts the steps that are done."""
@@ -74,15 +82,11 @@ def record(kind: str, step: int | None = None, **facts: Any) -> None:
 
 
 def record_failure(step: int, *, error: str) -> None:
-    """Record "failed", unless that or a stall was recorded since the run was started last.
+    """Record "failed", unless that or a stall has been recorded since `begin`.
 
     When one rank fails, the others fail after it, on connections that are closed: what they say is not the cause.
     """
-    if _current is None:
-        return
-    kinds = [event["kind"] for event in read_events(_current.path.parent)]
-    last = next((kind for kind in reversed(kinds) if kind in ("started", "resumed", "failed", "stalled")), None)
-    if last not in ("failed", "stalled"):
+    if _current is not None and not {"failed", "stalled"} & {event["kind"] for event in _current.own()}:
         _current.record("failed", step, error=error)
 
 
@@ -105,10 +109,13 @@ def _append(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The events of a run, oldest first; lines that a kill has cut are passed over. Empty when there are none."""
+def read_events(run: Path, start: int = 0) -> list[dict[str, Any]]:
+    """The events of a run, oldest first; lines that a kill has cut are passed over. Empty when there are none.
+
+    `start`: bytes of the file to leave out.
+    """
     try:
-        lines = (run / FILE).read_bytes().splitlines()
+        lines = (run / FILE).read_bytes()[start:].splitlines()
     except OSError:
         return []
     events = []

@@ -94,7 +94,7 @@ def find_stall(
     elif len(now) < total:
         why = "what the other ranks do is not known"
     else:
-        why = "all ranks are at the same place: their network or a device hangs"
+        why = "all ranks are at the same place: the network, a device or a shared disk hangs"
     return Stall(tuple(behind), _line({rank: f"{b.host}, {where(b)}" for rank, b in behind.items()}, total, why))
 
 
