@@ -81,13 +81,13 @@ def record(kind: str, step: int | None = None, **facts: Any) -> None:
         _current.record(kind, step, **facts)
 
 
-def record_failure(step: int, *, error: str) -> None:
-    """Record "failed", unless that or a stall has been recorded since `begin`.
+def record_failure(step: int, *, kind: str = "failed", **facts: Any) -> None:
+    """Record "failed" or "stalled", unless one of them has been recorded since `begin`.
 
     When one rank fails, the others fail after it, on connections that are closed: what they say is not the cause.
     """
     if _current is not None and not {"failed", "stalled"} & {event["kind"] for event in _current.own()}:
-        _current.record("failed", step, error=error)
+        _current.record(kind, step, **facts)
 
 
 def _plain(value: Any) -> Any:

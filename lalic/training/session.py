@@ -233,6 +233,7 @@ class Session:
         """
         if not self.halted:
             return
+        watchdog.enter(STARTING, self.step)
         self.settle()
         health, verdicts = self.config.health, self.stepper.verdicts
         row = f"the last {verdicts.in_row} steps up to {self.step} were not finite and were not applied"

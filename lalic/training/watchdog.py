@@ -165,10 +165,9 @@ class Watchdog:
         if self._beat().age < own.age:
             return None  # it has just moved
         if beats is None:
-            why = f"the store of the run at {self._store.address} does not answer: rank 0 is stopped, or its machine"
-            return Stall(
-                (), f"stalled: rank {self.rank} of {self.world_size} ({own.host}, {where(own)}): {why} is gone"
-            )
+            why = f"the store of the run at {self._store.address} does not answer: the first launcher, or rank 0 "
+            why += "without one, is stopped, or its machine is gone"
+            return Stall((), f"stalled: rank {self.rank} of {self.world_size} ({own.host}, {where(own)}): {why}")
         self._earlier = now, beats
         return find_stall(before, beats, tolerance=3 * self._tick) if before is not None else None
 
@@ -181,7 +180,8 @@ class Watchdog:
             words.append(lambda: _to_stderr(f"rank {self.rank} stands here, outermost first:\n{self._stack()}"))
         if speaks:
             words.append(lambda: _to_stderr(f"error: {line}\n"))
-            words.append(lambda: events.record("stalled", self.step, ranks=list(stall.ranks), message=stall.message))
+            facts = {"ranks": list(stall.ranks), "message": stall.message}
+            words.append(lambda: events.record_failure(self.step, kind="stalled", **facts))
         threads = [threading.Thread(target=each, daemon=True) for each in words]
         deadline = time.monotonic() + _LAST_WORDS
         for thread in threads:
