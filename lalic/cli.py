@@ -13,6 +13,7 @@ COMMANDS = {
     "shard": ("lalic.data_prep.shard", "turn folders of photographs into WebDataset shards"),
     "check-shards": ("lalic.data_prep.verify", "check shards against their index.json"),
     "train": ("lalic.train", "train in this one process (use `accelerate launch -m lalic.train` for more)"),
+    "status": ("lalic.status", "where runs stand, from their folders alone"),
     "export": ("lalic.export", "write the release bundle of a run"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
     "plot": ("lalic.plot", "draw R-D curves from results of `lalic eval`"),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lalic import train
 from lalic.config import LossSection, RunConfig, StageSection, TrainSection, read_config
+from lalic.durations import duration
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.training import checkpoint, environment, inputs, step
@@ -32,7 +33,7 @@ from lalic.training.distributed import SharedError, on_first_rank, seed_from, st
 from lalic.training.engine import keep_out_of_ddp
 from lalic.training.schedule import plan
 from lalic.training.step import TrainStep
-from lalic.training.tracking import duration, keep_until
+from lalic.training.tracking import keep_until
 from lalic.training.validate import validate
 
 TINY: dict[str, Any] = {

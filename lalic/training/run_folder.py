@@ -3,6 +3,7 @@
 RUN/config.yaml   what runs here, every key     RUN/DONE    the run is finished
 RUN/checkpoints/  see checkpoint.py             RUN/STOP    asks the run to checkpoint and stop
 RUN/log.jsonl     one object per log line       RUN/.lock   held while a process trains here
+RUN/events.jsonl  what happened to the run      see events.py
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lalic.training.typed_yaml import as_mapping, differences
 logger = logging.getLogger("lalic.train")
 
 CONFIG, DONE, STOP, LOG, TENSORBOARD = "config.yaml", "DONE", "STOP", "log.jsonl", "tensorboard"
+LOCK = ".lock"
 
 _LOCK_PATIENCE = 20.0
 """Seconds to wait for the lock: a killed run's last process may need a moment to die."""
@@ -68,7 +70,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         # lockf, not flock: a lock of this kind does not live on in data loading processes after a kill.
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 -- held until the process ends
+        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 -- held until the process ends
         deadline = time.monotonic() + _LOCK_PATIENCE
         while True:
             try:
