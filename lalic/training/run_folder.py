@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
+import struct
 import time
 from pathlib import Path
 from typing import IO
@@ -22,6 +24,7 @@ from lalic.training.typed_yaml import as_mapping, differences
 logger = logging.getLogger("lalic.train")
 
 CONFIG, DONE, STOP, LOG, TENSORBOARD = "config.yaml", "DONE", "STOP", "log.jsonl", "tensorboard"
+LOCK = ".lock"
 
 _LOCK_PATIENCE = 20.0
 """Seconds to wait for the lock: a killed run's last process may need a moment to die."""
@@ -68,7 +71,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         # lockf, not flock: a lock of this kind does not live on in data loading processes after a kill.
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 -- held until the process ends
+        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 -- held until the process ends
         deadline = time.monotonic() + _LOCK_PATIENCE
         while True:
             try:
@@ -81,6 +84,17 @@ class RunFolder:
             except OSError as error:
                 logger.warning("this file system has no locks (%s): start a run only once", error.strerror)
                 return
+
+
+def is_held(run: Path) -> bool:
+    """Whether a process trains in the run folder. Nothing is locked by asking, and no process of its own counts."""
+    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+    try:
+        with open(run / LOCK, "rb") as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except OSError:
+        return False
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> None:
