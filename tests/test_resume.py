@@ -350,7 +350,7 @@ def test_one_rank_of_two_is_asked_to_stop(config_path: Path, tmp_path: Path) -> 
     """The ranks agree on the step, save and exit with 0; and another number of ranks goes on."""
     status, said = launch_two(tmp_path, config_path, {"run": "r", "rank": 1, "kill": "SIGUSR1", "at": 2})
     assert status == 0, said
-    assert "stopped at step 3: asked on another rank" in said
+    assert "stopped at step 3: SIGUSR1 on rank 1" in said
     assert checkpoint.find_checkpoint(tmp_path / "r").name == "step-00000003"
     statuses, said = in_turn(tmp_path, config_path, [{"run": "r", "settings": ["train.accumulation=2"]}])
     assert statuses == [0]
