@@ -57,9 +57,10 @@ class Climb:
         self.ladder, self.launcher = ladder, launcher
         self.failures: dict[int, str | None] = {}
         self._written = 0.0
+        self._hurdle: str | None = None
 
     def run(self) -> int:
-        """Train the rungs in their order. Returns 1 when one of them failed, else 0, also when asked to stop."""
+        """Train the rungs in their order. Returns 1 when one of them failed, 130 after a second Ctrl-C, else 0."""
         with Asked() as asked:
             for rung in self.ladder.rungs:
                 if asked.name:
@@ -74,7 +75,8 @@ class Climb:
                     continue
                 self._train(rung, asked)
                 self._show()
-                if self._fails_like_the_one_before(rung):
+                if self._is_shared(rung):
+                    say("== the others would end with the same error and are not started")
                     break
         return self._closing_words(asked)
 
@@ -98,8 +100,7 @@ class Climb:
             if status == 0 or rung.finished:
                 return
             if not is_held(rung.run):
-                killed = "ended at once by a second Ctrl-C" if asked.at_once else None
-                self.failures[rung.quality] = killed or training.reason()
+                self.failures[rung.quality] = None if asked.at_once else training.reason()
                 return
             # Another process took the folder while this one was starting.
 
@@ -136,14 +137,12 @@ class Climb:
             if time.monotonic() - self._written > _REFRESH:
                 self._write()
 
-    def _fails_like_the_one_before(self, rung: Rung) -> bool:
-        """Whether two rungs fell at the same hurdle before their first step, where all the others would fall too."""
-        tried = [r for r in self.ladder.rungs if r.quality in self.failures]
-        last = tried[-2:]
-        if rung is not tried[-1] or len(last) < 2 or any(read_status(r.run).step for r in last):
-            return False
-        first, second = ((self.failures[r.quality] or "").replace(str(r.run), "RUN") for r in last)
-        return bool(first) and first == second
+    def _is_shared(self, rung: Rung) -> bool:
+        """Whether this rung fell at the same hurdle as the one before, before its first step: so would all others."""
+        before, self._hurdle = self._hurdle, None
+        if (reason := self.failures.get(rung.quality)) and not read_status(rung.run).step:
+            self._hurdle = reason.replace(str(rung.run), "RUN")
+        return self._hurdle is not None and self._hurdle == before
 
     def _write(self) -> None:
         self._written = time.monotonic()
@@ -174,7 +173,7 @@ class Climb:
             names = ", ".join(r.name for r in open_rungs)
             why = f"stopped ({asked.name}); " if asked.name else ""
             say(f"{why}not finished: {names}; the same command goes on from their newest checkpoints")
-        return 1 if failed else 0
+        return 130 if asked.at_once else 1 if failed else 0
 
 
 def say(message: str, end: str = "\n") -> None:
