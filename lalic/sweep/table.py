@@ -108,7 +108,7 @@ def _finite(value: Any) -> Any:
 
 
 def text(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
-    """The table for a terminal; numbers stand below each other, a line for each rung that failed follows."""
+    """The table for a terminal, and what has no column below it."""
     head, cells = _cells(ladder, rows, now)
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     left = {head.index("state"), head.index("checkpoint")}
@@ -117,7 +117,7 @@ def text(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
         aligned = (v.ljust(w) if i in left else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths, strict=True)))
         return "  ".join(aligned).rstrip()
 
-    return "\n".join([line(head), *map(line, cells), *_errors(rows)])
+    return "\n".join([line(head), *map(line, cells), *_notes(rows)])
 
 
 def markdown(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
@@ -126,12 +126,21 @@ def markdown(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
     table = [head, ["---"] * len(head), *cells]
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in table]
     title = f"{ladder.config}, {ladder.metric}, {time.strftime('%Y-%m-%d %H:%M:%S %z', time.localtime(now))}"
-    errors = [f"- {error}" for error in _errors(rows)]
-    return "\n".join([title, "", *lines, *([""] if errors else []), *errors]) + "\n"
+    notes = [f"- {note}" for note in _notes(rows)]
+    return "\n".join([title, "", *lines, *([""] if notes else []), *notes]) + "\n"
 
 
-def _errors(rows: Sequence[Row]) -> list[str]:
-    return [f"q{row.quality} failed: {for_terminal(row.error)}" for row in rows if row.error]
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What has no column because it stands for few: a run's bad steps, and why one failed."""
+    notes = []
+    for row in rows:
+        counts = {"step": row.status.skipped_steps, "rollback": row.status.rollbacks}
+        steps, rollbacks = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+        if any(counts.values()):
+            notes.append(f"q{row.quality}: {steps} skipped, {rollbacks}")
+        if row.error:
+            notes.append(f"q{row.quality} failed: {for_terminal(row.error)}")
+    return notes
 
 
 def _cells(ladder: Ladder, rows: Sequence[Row], now: float) -> tuple[list[str], list[list[str]]]:
