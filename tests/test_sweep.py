@@ -79,8 +79,13 @@ class Sweeps:
         return self.runs / f"tiny-q{quality}"
 
     def table(self) -> dict[int, dict[str, Any]]:
+        """The whole ladder's, as it was written last."""
         rungs = json.loads((self.runs / "tiny.sweep.json").read_text())["rungs"]
+        assert [rung["quality"] for rung in rungs] == [1, 2, 3, 4, 5, 6]
         return {rung["quality"]: rung for rung in rungs}
+
+    def states(self, *qualities: int) -> list[str]:
+        return [self.table()[quality]["state"] for quality in qualities]
 
     def said(self) -> str:
         return (self.folder / "out.txt").read_text() + (self.folder / "err.txt").read_text()
@@ -216,7 +221,9 @@ class TestClimb:
         assert "train.clip=2" in (sweeps.runs / "started.txt").read_text()
         assert all((sweeps.run(q) / "DONE").exists() for q in (1, 2, 3))
         assert f"lalic export --sweep {sweeps.runs / 'tiny'}" in out
-        assert [(r["state"], r["step"], r["total_steps"]) for r in sweeps.table().values()] == [("finished", 4, 4)] * 3
+        assert sweeps.states(1, 2, 3, 4) == ["finished"] * 3 + ["waiting"]
+        assert (sweeps.table()[2]["step"], sweeps.table()[2]["total_steps"]) == (STEPS, STEPS)
+        assert len(out.rpartition("checkpoint\n")[2].split("\n\n")[0].splitlines()) == 3
         assert f"step {STEPS}\n" in (sweeps.run(1) / "logs" / "sweep.log").read_text()
 
     def test_finished_rungs_are_left_alone(self, sweeps: Sweeps) -> None:
@@ -233,7 +240,7 @@ class TestClimb:
         assert status == 1 and sweeps.started() == ["q1", "q2", "q3"]
         assert err == f"error: q2 failed at step 2: disk on fire (log: {sweeps.run(2)}/logs/sweep.log)\n"
         assert "not finished: q2" in out
-        assert {q: r["state"] for q, r in sweeps.table().items()} == {1: "finished", 2: "failed", 3: "finished"}
+        assert sweeps.states(1, 2, 3) == ["finished", "failed", "finished"]
         # Another process that asks later is told why, too.
         _, out, _ = sweeps("--qualities", "1-3", "--status")
         assert (
@@ -245,6 +252,13 @@ class TestClimb:
         assert (status, err) == (0, "") and sweeps.started()[3:] == ["q2"]
         assert "failed" not in sweeps("--qualities", "1-3", "--status")[1]
         assert sweeps.table()[2]["error"] is None
+
+    def test_parts_of_a_ladder_share_the_table(self, sweeps: Sweeps) -> None:
+        sweeps.order(q2={"fail": "error: disk on fire", "at": 2})
+        sweeps("--qualities", "1-2")
+        sweeps("--qualities", "4")
+        assert sweeps.states(1, 2, 3, 4) == ["finished", "failed", "waiting", "finished"]
+        assert sweeps.table()[2]["error"] == "disk on fire"
 
     def test_a_trainer_that_was_killed(self, sweeps: Sweeps) -> None:
         sweeps.order(q1={"die": True, "at": 1})
@@ -302,7 +316,7 @@ class TestClimb:
         assert sweeps.started() == ["q1", "q2"]
         assert "stopped at step" in sweeps.said() and f"stopped ({name}); not finished: q2, q3" in sweeps.said()
         assert not (sweeps.run(2) / "STOP").exists()
-        assert {q: r["state"] for q, r in sweeps.table().items()} == {1: "finished", 2: "stopped", 3: "waiting"}
+        assert sweeps.states(1, 2, 3) == ["finished", "stopped", "waiting"]
         sweeps.order()
         assert sweeps("--qualities", "1-3")[0] == 0
         assert sweeps.started() == ["q1", "q2", "q2", "q3"]

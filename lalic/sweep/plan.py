@@ -72,10 +72,13 @@ class Ladder:
     """`runs/lalic`: the run folders without their -qN."""
     metric: str
     rungs: tuple[Rung, ...]
-    """In the order in which they are trained: by quality, or with a warm start from the highest down."""
+    """Those that are asked for, in the order in which they are trained: by quality, or with a warm start downwards."""
+    whole: tuple[Rung, ...]
+    """All of the ladder, by quality, for the table."""
 
     @property
     def by_quality(self) -> list[Rung]:
+        """The rungs that are asked for."""
         return sorted(self.rungs, key=lambda rung: rung.quality)
 
 
@@ -98,16 +101,19 @@ def read_ladder(
     prefix, settings = _prefix(config, settings, runs)
     # The same for every rung, and where the ladder is taken from.
     metric = read_config(config, [*settings, "loss.quality=1"]).loss.metric
-    chosen = sorted(set(qualities or LADDERS[metric]), reverse=warm_start is not None)
-    rungs: list[Rung] = []
-    for quality in chosen:
-        parent = rungs[0 if warm_start == "highest" else -1] if warm_start and rungs else None
+
+    def rung(quality: int, parent: Rung | None = None) -> Rung:
         own = tuple(settings)
         if parent:
             own = (*(s for s in settings if _key(s) != "train.init_from"), f"train.init_from={parent.run}")
         run = prefix.with_name(f"{prefix.name}-q{quality}")
-        rungs.append(Rung(quality, run, read_config(config, [*own, f"loss.quality={quality}"]), own, parent))
-    return Ladder(config, prefix, metric, tuple(rungs))
+        return Rung(quality, run, read_config(config, [*own, f"loss.quality={quality}"]), own, parent)
+
+    rungs: list[Rung] = []
+    for quality in sorted(set(qualities or LADDERS[metric]), reverse=warm_start is not None):
+        parent = rungs[0 if warm_start == "highest" else -1] if warm_start and rungs else None
+        rungs.append(rung(quality, parent))
+    return Ladder(config, prefix, metric, tuple(rungs), tuple(rung(q) for q in LADDERS[metric]))
 
 
 def check_runs(ladder: Ladder) -> None:

@@ -44,13 +44,13 @@ def json_path(ladder: Ladder) -> Path:
 
 
 def read_rows(ladder: Ladder, failures: Mapping[int, str | None] | None = None) -> list[Row]:
-    """The table, by quality.
+    """The table of the whole ladder, by quality, whichever rungs are asked for: several sweeps may train parts of it.
 
     `failures`: what this sweep knows of its rungs, a reason or None for one that did not fail; of the others an
     earlier sweep's reason holds for as long as the run has not moved since.
     """
     known, before = failures or {}, _earlier_failures(json_path(ladder))
-    return [_row(rung, known, before) for rung in ladder.by_quality]
+    return [_row(rung, known, before) for rung in ladder.whole]
 
 
 def _row(rung: Rung, known: Mapping[int, str | None], before: Mapping[int, tuple[int, str]]) -> Row:
@@ -108,7 +108,9 @@ def _finite(value: Any) -> Any:
 
 
 def text(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
-    """The table for a terminal, and what has no column below it."""
+    """The rungs that are asked for, as a table for a terminal, and what has no column below it."""
+    asked = {rung.quality for rung in ladder.rungs}
+    rows = [row for row in rows if row.quality in asked]
     head, cells = _cells(ladder, rows, now)
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     left = {head.index("state"), head.index("checkpoint")}
@@ -121,7 +123,7 @@ def text(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
 
 
 def markdown(ladder: Ladder, rows: Sequence[Row], now: float) -> str:
-    """The table in Markdown, with the time of writing."""
+    """The whole table in Markdown, with the time of writing."""
     head, cells = _cells(ladder, rows, now)
     table = [head, ["---"] * len(head), *cells]
     lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in table]
