@@ -40,6 +40,25 @@ log: {every: 1}
 """
 
 
+TORCHRUN = """\
+E1127 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9) local_rank: 1 (pid: 31)
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+lalic.train FAILED
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : 1 (pid: 30)
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-27_09:42:37
+  rank      : 1 (local_rank: 1)
+  exitcode  : {}
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+"""
+
+
 class Sweeps:
     """A folder with a config, and `lalic sweep` called there."""
 
@@ -199,6 +218,11 @@ class TestLauncher:
             ("loading\nerror: no such shards\nsubprocess.CalledProcessError: Command\n", "no such shards"),
             ("Traceback\nRuntimeError: first\n[rank1]: RuntimeError: second\n", "RuntimeError: first"),
             ("[rank1]: torch.OutOfMemoryError: CUDA\nsome.ChildFailedError: \n", "torch.OutOfMemoryError: CUDA"),
+            (
+                "[rank0]: RuntimeError: reset by peer\n" + TORCHRUN.format("-9 (pid: 31)  (SIGKILL)"),
+                "rank 1 was ended by SIGKILL",
+            ),
+            ("[rank0]: ValueError: mine\n" + TORCHRUN.format("1 (pid: 31) "), "ValueError: mine"),
             ("step 1\n", r"status 3 and without an error message"),
         ],
     )

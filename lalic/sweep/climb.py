@@ -172,7 +172,7 @@ class Climb:
         else:
             names = ", ".join(r.name for r in open_rungs)
             why = f"stopped ({asked.name}); " if asked.name else ""
-            say(f"{why}not finished: {names}; the same command goes on from their newest checkpoints")
+            say(f"{why}not finished: {names}; the same command goes on with them")
         return 130 if asked.at_once else 1 if failed else 0
 
 

@@ -23,6 +23,8 @@ from lalic.errors import LalicError
 from lalic.sweep.plan import Rung
 from lalic.training.run_folder import STOP
 
+_BLOCK = re.MULTILINE | re.DOTALL
+
 LOG = Path("logs") / "sweep.log"
 """In the run folder, beside the logs of SLURM jobs."""
 
@@ -116,10 +118,16 @@ class Training:
 
     def reason(self) -> str:
         """Why it failed, in one line, from what it wrote."""
-        lines = [line.strip() for line in self._read(self._start).decode("utf-8", "replace").splitlines()]
+        written = self._read(self._start).decode("utf-8", "replace")
+        lines = [line.strip() for line in written.splitlines()]
         ours = [line for line in lines if line.startswith("error: ")]
         if ours:
             return ours[-1].removeprefix("error: ")
+        # A rank that was killed makes others fail with errors of the network; torch's launcher says which it was.
+        if killed := re.search(
+            r"^Root Cause.*?^  rank +: (\d+).*?^  exitcode +: -\d+ .*?\((SIG\w+)\)", written, _BLOCK
+        ):
+            return f"rank {killed[1]} was ended by {killed[2]}"
         # What nobody foresaw, of the first rank that said so; the launcher's own errors say nothing about the cause.
         raised = (
             re.match(r"(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)", line) for line in lines
