@@ -5,12 +5,8 @@ The folder may be another machine's, half a copy, or written to at this moment: 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import socket
-import struct
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +19,7 @@ from lalic.errors import LalicError
 from lalic.training import checkpoint
 from lalic.training.events import FILE as EVENTS
 from lalic.training.events import read_events
-from lalic.training.run_folder import CONFIG, DONE, LOCK, LOG, STOP
+from lalic.training.run_folder import CONFIG, DONE, LOCK, LOG, STOP, is_held
 
 State = Literal["new", "running", "stopped", "failed", "finished"]
 
@@ -53,44 +49,44 @@ class RunStatus:
 
     run: str
     state: State
-    detail: str
+    detail: str = ""
     """The state in words: what stopped it, what failed."""
-    step: int
+    step: int = 0
     """Steps that are done, as far as was logged."""
-    total_steps: int | None
-    stage: int | None
-    stages: int | None
-    loss: float | None
+    total_steps: int | None = None
+    stage: int | None = None
+    stages: int | None = None
+    loss: float | None = None
     """This, bpp and psnr: means of the newest log line."""
-    bpp: float | None
-    psnr: float | None
-    validation: dict[str, Any] | None
+    bpp: float | None = None
+    psnr: float | None = None
+    validation: dict[str, Any] | None = None
     """Step, loss, bpp, psnr ... of the newest one."""
-    best: dict[str, Any] | None
+    best: dict[str, Any] | None = None
     """The same of the one with the least loss."""
-    images_per_second: float | None
-    data_wait_share: float | None
-    memory_gib: float | None
-    eta_seconds: float | None
+    images_per_second: float | None = None
+    data_wait_share: float | None = None
+    memory_gib: float | None = None
+    eta_seconds: float | None = None
     """Time that the steps to come would take at the speed of the last log lines."""
-    skipped_steps: int
-    bad_samples: int
+    skipped_steps: int = 0
+    bad_samples: int = 0
     """Of the newest log line's steps."""
-    rollbacks: int
-    restarts: int
+    rollbacks: int = 0
+    restarts: int = 0
     """How often the run was resumed."""
-    checkpoints: tuple[SavedStep, ...]
+    checkpoints: tuple[SavedStep, ...] = ()
     """Newest first."""
-    last_checkpoint: int | None
+    last_checkpoint: int | None = None
     """Step of the newest complete one."""
-    last_event: dict[str, Any] | None
-    world_size: int | None
-    host: str | None
+    last_event: dict[str, Any] | None = None
+    world_size: int | None = None
+    host: str | None = None
     """Of the first rank."""
-    job: str | None
-    metric: str | None
-    lmbda: float | None
-    updated: float | None
+    job: str | None = None
+    metric: str | None = None
+    lmbda: float | None = None
+    updated: float | None = None
     """Seconds since 1970: the last sign of life."""
 
 
@@ -157,7 +153,7 @@ def read_status(run: str | Path) -> RunStatus:
 def _state(
     run: Path, events: Sequence[Record], start: Record, step: int, updated: float | None, interval: float | None
 ) -> tuple[State, str]:
-    held = _is_held(run)
+    held = is_held(run)
     quiet = max(_QUIET, 10 * (interval or 0.0))
     age = None if updated is None else time.time() - updated
     if held:
@@ -180,22 +176,6 @@ def _state(
     if elsewhere and age is not None and age < quiet:
         return "running", "as its last sign of life suggests"
     return "stopped", "ended without a word: killed, or its machine is gone"
-
-
-def _is_held(run: Path) -> bool | None:
-    """Whether a process has the run's lock; None when that cannot be asked. The lock is not taken to find out."""
-    if sys.platform != "linux":
-        return None
-    layout = "hhqqi"  # struct flock: type, whence, start, length, pid
-    try:
-        with open(run / LOCK, "rb") as file:
-            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0).ljust(64, b"\0")
-            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    return bool(struct.unpack_from(layout, answer)[0] != fcntl.F_UNLCK)
 
 
 def _config(run: Path) -> RunConfig | None:

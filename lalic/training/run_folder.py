@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
+import struct
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -83,6 +86,22 @@ class RunFolder:
             except OSError as error:
                 logger.warning("this file system has no locks (%s): start a run only once", error.strerror)
                 return
+
+
+def is_held(run: Path) -> bool | None:
+    """Whether another process trains in the run folder; None when that cannot be asked. The lock is not taken."""
+    if sys.platform != "linux":
+        return None
+    layout = "hhqqi"  # struct flock: type, whence, start, length, pid
+    try:
+        with open(run / LOCK, "rb") as file:
+            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0).ljust(64, b"\0")
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return bool(struct.unpack_from(layout, answer)[0] != fcntl.F_UNLCK)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> None:
