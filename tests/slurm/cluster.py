@@ -167,7 +167,11 @@ class Cluster:
         for pid in self.processes_of(job, node):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                if "lalic.train" in words and "python" in Path(words[0]).name and "accelerate" not in "".join(words[:3]):
+                if (
+                    "lalic.train" in words
+                    and "python" in Path(words[0]).name
+                    and "accelerate" not in "".join(words[:3])
+                ):
                     found.append(pid)
         return [pid for pid in found if _parent(pid) not in found]
 
