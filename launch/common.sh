@@ -18,7 +18,7 @@ if [ -z "$python" ]; then
   if [ -z "${LALIC_CONTAINER:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; else python=python3; fi
 fi
 read -r -a srun_options <<< "${LALIC_SRUN:-}"
-if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then srun_options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK"); fi  # srun forgets it
+export LALIC_FOLDER=$PWD
 
 signalled=
 trap 'signalled=SIGUSR1' USR1
@@ -33,8 +33,9 @@ without_passwords() { sed -E 's#://[^/@[:space:]]*@#://#g'; }
 
 # start_step OUTPUT COMMAND...: COMMAND once on every node, in the background; its process is $step.
 start_step() {
-  # One task per node has all the node's CPUs of the job: the launcher's ranks and their loaders share them.
-  srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+  # The task of a node has all CPUs that the job has there: the launcher's ranks and their loaders share them. A number of
+  # CPUs per task, however many tasks the job was asked to have, would leave it that many alone.
+  env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
     --output="$1" --open-mode=append "${srun_options[@]}" bash "$root/launch/node.sh" "${@:2}" &
   step=$!
 }
@@ -69,6 +70,7 @@ prepare() {
   # Built once on every node, before the ranks start and would all build at the same time.
   start_step "$logs/node%n.txt" bash "$root/launch/describe.sh" "$root" "$python"
   wait_for_step end_step
+  case $status in 138 | 143) signalled=${signalled:-SIGTERM} ;; esac  # SIGUSR1 or SIGTERM to the steps alone
   if [ "$status" != 0 ] && [ -z "$signalled" ]; then
     say "the kernels could not be built: the portable form is used where it may be, see $logs/node0.txt" >&2
   fi

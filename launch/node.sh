@@ -5,6 +5,7 @@
 # such a signal would kill with its ranks, does not hear of it. The file is written again and again because a trainer
 # that is just starting takes an old one away.
 
+cd "$LALIC_FOLDER" || exit 1  # a container may begin elsewhere
 # shellcheck source=/dev/null
 if [ -n "${LALIC_SETUP:-}" ]; then . "$LALIC_SETUP" || exit 1; fi
 read -r -a container <<< "${LALIC_CONTAINER:-}"
