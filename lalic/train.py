@@ -127,7 +127,9 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
 
     from lalic.data.loader import worker_failure
     from lalic.training.distributed import SharedError
+    from lalic.training.stop import stop_with_launcher
 
+    stop_with_launcher()
     try:
         train(config)
     except SharedError:

@@ -28,6 +28,7 @@ from lalic.remote import without_password
 from lalic.training import checkpoint
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
 from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.recovery import Health, read_weights, rollback_target
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Schedule, Stage, plan
 from lalic.training.step import TrainStep
@@ -78,27 +79,6 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
             "data.shards at them, or use another run.dir"
         )
     return Inputs(reader, images, schedule, checkpoint.load_model(resume_from), saved)
-
-
-@dataclass(frozen=True)
-class Health:
-    """What a run has survived, as its checkpoints remember it."""
-
-    skipped: int = 0
-    """Steps that were not finite."""
-    rollbacks: int = 0
-    target: int | None = None
-    """Step of the checkpoint that the run went back to last."""
-    to_target: int = 0
-    """How often it went back there, one time after the other."""
-
-    def rollbacks_to(self, step: int) -> int:
-        """How often the run went back to the checkpoint of `step`, without going to another since."""
-        return self.to_target if self.target == step else 0
-
-    def after_rollback(self, step: int) -> Health:
-        """One more, to the checkpoint of `step`."""
-        return Health(self.skipped, self.rollbacks + 1, step, self.rollbacks_to(step) + 1)
 
 
 class Session:
@@ -247,7 +227,10 @@ class Session:
         if health.on_nonfinite == "stop":
             raise SharedError(f"{row} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
         begin = self.step - verdicts.in_row
-        target = on_first_rank(self.accelerator, lambda: self._rollback_target(folder, begin))
+        target = on_first_rank(
+            self.accelerator,
+            lambda: rollback_target(folder.path, self.health, begin, self.config.checkpoint.every),
+        )
         if target is None:
             raise SharedError(f"{row}, and there is no checkpoint before them to go back to: {advice}")
         back = checkpoint.read_meta(target)["step"]
@@ -258,22 +241,10 @@ class Session:
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(state["optimizer"])
         verdicts.restart()
-        self.health = self.health.after_rollback(back)
+        self.health = self.health.after_rollback(back, self.step)
         self.saved_step = None
         if self.accelerator.is_main_process:
             logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
-
-    def _rollback_target(self, folder: RunFolder, begin: int) -> Path | None:
-        """The newest complete periodic checkpoint of at most `begin` steps, else the newest one of those.
-
-        Periodic ones come first, because a run that was never stopped has no others: it would go back there.
-        """
-        every = self.config.checkpoint.every
-        candidates = [s for s in checkpoint.steps_on_disk(folder.path) if s <= begin]
-        for step in sorted(candidates, key=lambda s: (s % every == 0, s), reverse=True):
-            if checkpoint.problem(checkpoint.folder_of(folder.path, step)) is None:
-                return checkpoint.folder_of(folder.path, step)
-        return None
 
     def save_due(self) -> bool:
         """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
@@ -350,11 +321,9 @@ class Session:
 
     def _protected(self) -> set[int]:
         """Steps whose checkpoints are needed still: the best one, and the one to go back to."""
-        steps = {self.best["step"]} if self.best else set()
-        every = self.config.checkpoint.every
-        # What a streak of skipped steps that is going on now would go back to.
         begin = self.step - self.stepper.verdicts.in_row
-        return steps | {begin - begin % every}
+        best = {self.best["step"]} if self.best else set()
+        return best | self.health.may_return_to(begin, self.config.checkpoint.every)
 
     def _restore(self, meta: dict[str, Any], optimizer: dict[str, Any], rng: dict[int, Any]) -> None:
         self.stepper.load_state_dict(optimizer)
@@ -388,11 +357,6 @@ class Session:
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
                 ", ".join(changed),
             )
-
-
-def read_weights(path: Path) -> dict[str, Any]:
-    """ "model" and "optimizer" of a checkpoint folder."""
-    return {name: checkpoint.load_tensors(path, f"{name}.pt") for name in ("model", "optimizer")}
 
 
 def new_model(config: RunConfig) -> LALIC:

@@ -6,8 +6,11 @@ The run then finishes its step, saves a checkpoint and exits with status 0.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +25,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _LOOK_EVERY = 1.0
 """Seconds between two looks for the file."""
+
+
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2), in linux/prctl.h."""
+
+
+def stop_with_launcher() -> None:
+    """Take the end of the launcher for a SIGTERM; without one, do nothing.
+
+    A launcher that is killed leaves its ranks behind. They would train on, unseen, in a folder that the next start
+    needs.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 class StopNow(BaseException):
