@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -28,6 +28,8 @@ checkpoint: {every: EVERY, keep: 2}
 log: {every: 1}
 """
 
+_STEP = re.compile(r"lalic\.train step (\d+)/")
+
 
 class Run:
     """A run folder."""
@@ -39,16 +41,10 @@ class Run:
     def finished(self) -> bool:
         return (self.folder / "DONE").exists()
 
-    def logged(self) -> int:
-        """The last step in log.jsonl, 0 before the first."""
-        steps = [0]
-        if (path := self.folder / "log.jsonl").exists():
-            for line in path.read_text().splitlines():
-                try:
-                    steps.append(int(json.loads(line)["step"]))
-                except (ValueError, KeyError):
-                    continue  # the line is being written
-        return max(steps)
+    def steps(self, attempt: str) -> list[int]:
+        """The steps that an attempt (`JOB-RESTART`) has logged so far."""
+        path = self.folder / "logs" / attempt / "rank0.log"
+        return [int(step) for step in _STEP.findall(path.read_text(errors="replace"))] if path.exists() else []
 
     def saved(self) -> int:
         """The step of the newest checkpoint, 0 when there is none."""
@@ -125,6 +121,6 @@ class Checkout:
         """The state in which a job ended."""
         return self.wait(lambda: self.cluster.over(job), f"{what} ends")
 
-    def wait_training(self, run: Run, beyond: int, what: str) -> Any:
-        """Until a step after `beyond` was logged."""
-        return self.wait(lambda: run.logged() > beyond, f"{what}: steps after {beyond}")
+    def wait_training(self, run: Run, attempt: str, what: str, steps: int = 3) -> None:
+        """Until an attempt (`JOB-RESTART`) has logged some steps of its own."""
+        self.wait(lambda: len(run.steps(attempt)) >= steps, f"{what}: {steps} steps")

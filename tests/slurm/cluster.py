@@ -150,7 +150,8 @@ class Cluster:
 
     def processes_of(self, job: str, node: str | None = None) -> list[int]:
         """Processes of a job's batch script and steps, on one node or on all, without the daemon above them."""
-        wanted = {f"SLURM_JOB_ID={self.field(job, 'JobId')}"}
+        # Another test's cluster on this host has jobs of the same numbers on nodes of the same names.
+        wanted = {f"SLURM_JOB_ID={self.field(job, 'JobId')}", f"SLURM_CONF={self.environment['SLURM_CONF']}"}
         if node:
             wanted.add(f"SLURMD_NODENAME={node}")
         found = []

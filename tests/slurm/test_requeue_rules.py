@@ -1,4 +1,4 @@
-"""When launch/train.slurm starts a job again, and when it gives up, on the real SLURM."""
+"""When launch/train.slurm starts a job, starts it again, and gives up, on the real SLURM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,39 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1800)]
 
 BROKEN = {"LALIC_PYTHON": "/bin/false"}
 """An environment in which nothing starts."""
+
+
+def test_what_is_refused(cluster: Cluster, checkout: Checkout, tmp_path):
+    """One line in the job's output, status 2, no restart."""
+    config = checkout.config("refused", 5)
+    jobs = {
+        "no such config: nowhere.yaml": checkout.train("refused1", "nowhere.yaml"),
+        "no such accelerate config: x": checkout.train("refused2", config, LALIC_ACCELERATE_CONFIG="x"),
+        "LALIC_PORTS=9-1: write FIRST-LAST": checkout.train("refused3", config, LALIC_PORTS="9-1"),
+        "is not the checkout: submit from there, or set LALIC_ROOT": cluster.submit(
+            tmp_path, [f"--output={checkout.folder}/refused4.txt", str(checkout.folder / "launch/train.slurm"), config]
+        ),
+    }
+    for message, job in jobs.items():
+        assert checkout.wait_over(job, "the refused job") == "FAILED"
+        assert cluster.field(job, "ExitCode") == "2:0" and cluster.restarts(job) == 0
+        assert message in "".join(checkout.output(f"refused{i}") for i in range(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "expected"),
+    [(1, "", "cpu1"), (2, "", "cpu2"), (1, "1", "gpu1"), (1, "2", "multi_gpu"), (2, "1", "multi_node")],
+)
+def test_the_launcher_s_config_follows_from_nodes_and_gpus(
+    cluster: Cluster, checkout: Checkout, nodes: int, gpus: str, expected: str
+):
+    """SLURM says how many GPUs a node has; here it is said in its place, and nothing is started."""
+    name = f"choice{nodes}{gpus}"
+    environment = {"SLURM_GPUS_ON_NODE": gpus} if gpus else {}
+    config = checkout.config("choice", 5)
+    job = checkout.train(name, config, options=(f"--nodes={nodes}",), LALIC_MAX_FAILURES="1", **environment, **BROKEN)
+    assert checkout.wait_over(job, "the failure") == "FAILED"
+    assert f"{nodes} node(s) x {gpus or 1} with {expected}.yaml, head lalic1 127.0.0.1:" in checkout.output(name)
 
 
 def test_a_config_error_ends_the_job_at_once(cluster: Cluster, checkout: Checkout):
@@ -70,14 +103,14 @@ def test_stopped_by_hand_and_one_that_cannot_save(cluster: Cluster, checkout: Ch
     run = checkout.run("hung")
     config = checkout.config("endless1", 1_000_000, every=10)
     job = checkout.train("hung", config, LALIC_STOP_WAIT="4")
-    checkout.wait_training(run, 15, "before it hangs")
+    checkout.wait_training(run, f"{job}-0", "before it hangs", steps=15)
     (rank,) = cluster.ranks_of(job)
     os.kill(rank, signal.SIGSTOP)
     cluster.signal(job, "USR1", batch=True)
     cluster.start_again(job, 1)
     assert "no checkpoint within 4 s of the signal" in checkout.output("hung")
     assert run.attempts()[-1]["status"] == "late"
-    checkout.wait_training(run, run.saved() + 2, "after it hung")
+    checkout.wait_training(run, f"{job}-1", "after it hung")
     (run.folder / "STOP").touch()
     assert checkout.wait_over(job, "the stopped job") == "COMPLETED"
     assert cluster.restarts(job) == 1 and run.ends()[-1] == "stopped" and not run.finished

@@ -25,8 +25,8 @@ def test_one_run_through_every_interruption(cluster: Cluster, checkout: Checkout
 
     def interrupted(what: str, action: Callable[[], object], *, loses: bool = False) -> None:
         nonlocal restarts
-        checkout.wait_training(run, run.saved() + 2, f"before {what}")
-        before = run.logged()
+        checkout.wait_training(run, f"{job}-{restarts}", f"before {what}")
+        before = run.steps(f"{job}-{restarts}")[-1]
         action()
         restarts += 1
         cluster.start_again(job, restarts)
@@ -58,8 +58,8 @@ def test_one_run_through_every_interruption(cluster: Cluster, checkout: Checkout
     interrupted("a node without power", power_cut, loses=True)
 
     # scancel without a signal: the user wants an end, with what is done so far.
-    checkout.wait_training(run, run.saved() + 2, "before scancel")
-    before = run.logged()
+    checkout.wait_training(run, f"{job}-{restarts}", "before scancel")
+    before = run.steps(f"{job}-{restarts}")[-1]
     cluster.cancel(job)
     assert checkout.wait_over(job, "the cancelled run") == "CANCELLED"
     assert cluster.restarts(job) == restarts
