@@ -234,9 +234,11 @@ def _meta(run: Path, step: int | None) -> Record:
 
 def _step(run: Path, lines: Sequence[Record], events: Sequence[Record], last_checkpoint: int | None) -> int:
     """That of the newest line, of whichever file."""
+    # A checkpoint is of an earlier step: it is written while the run goes on.
+    telling = [event for event in events if event["kind"] not in ("checkpoint", "checkpoint_failed")]
     newest = [
         (_number(record, "time") or 0.0, step)
-        for record in (*lines[-1:], *events[-1:])
+        for record in (*lines[-1:], *telling[-1:])
         if (step := _whole(record, "step")) is not None
     ]
     with suppress(OSError, ValueError, AttributeError, RecursionError):

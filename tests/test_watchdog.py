@@ -52,7 +52,7 @@ def hang() -> None:
 
 
 def hang_for_ever(run: Path, written: int) -> None:
-    """As `hang`, in a training whose last checkpoint is to be on the disk before it ends; here the clock stands still."""
+    """As `hang`, once the last checkpoint of the training is on the disk; till then no time counts."""
     from lalic.training import watchdog
 
     while ("checkpoint", written) not in {(e["kind"], e["step"]) for e in events.read_events(run)}:
