@@ -111,9 +111,11 @@ def read_status(run: str | Path) -> RunStatus:
     total = _whole(start, "total_steps") or _whole(meta, "total_steps")
     times = [t for record in (line, *events[-1:], *validations[-1:]) if (t := _number(record, "time")) is not None]
     updated = max(times, default=None) or _changed(run)
-    step = _step(run, lines, events, last_checkpoint)
+    # A checkpoint is of an earlier step, and may come last: it is written while the run goes on, or ends.
+    telling = [event for event in events if event["kind"] not in ("checkpoint", "checkpoint_failed")]
+    step = _step(run, lines, telling, last_checkpoint)
     seconds = _seconds_per_step(lines, start)
-    state, detail = _state(run, events, start, step, updated, _log_interval(config, seconds))
+    state, detail = _state(run, telling, start, step, updated, _log_interval(config, seconds))
     validated = [v for v in validations if _number(v, "loss") is not None]
     best = min(validated, key=lambda v: v["loss"]) if validated else meta.get("best")
     known = _without_kind(validations[-1]) if validations else meta.get("metrics")
@@ -234,11 +236,9 @@ def _meta(run: Path, step: int | None) -> Record:
 
 def _step(run: Path, lines: Sequence[Record], events: Sequence[Record], last_checkpoint: int | None) -> int:
     """That of the newest line, of whichever file."""
-    # A checkpoint is of an earlier step: it is written while the run goes on.
-    telling = [event for event in events if event["kind"] not in ("checkpoint", "checkpoint_failed")]
     newest = [
         (_number(record, "time") or 0.0, step)
-        for record in (*lines[-1:], *telling[-1:])
+        for record in (*lines[-1:], *events[-1:])
         if (step := _whole(record, "step")) is not None
     ]
     with suppress(OSError, ValueError, AttributeError, RecursionError):

@@ -3,8 +3,8 @@
 This file is also the program that the tests start. `python tests/lives.py ORDERS.json` forks one run per order, each
 killed or stopped as it says; under `accelerate launch`, `... lives.py --one ORDER.json` is one rank of one run.
 
-An order: "run" (folder), "settings", "kill" with "at" (below), "rank" (the one that is killed) and "written" (not before
-the checkpoint of that step is), "broken" (steps that are not finite) with "broken_rank", "data" ("unreadable" or
+An order: "run" (folder), "settings", "kill" with "at" (below), "rank" (the one that is killed) and "written" (not
+before the checkpoint of that step is), "broken" (steps that are not finite) with "broken_rank", "data" ("unreadable" or
 "late") with "data_rank" and "data_at", "record" (note what was read), "damage" (flip a bit of the newest checkpoint
 instead of running).
 """

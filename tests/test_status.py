@@ -164,7 +164,10 @@ def test_finished(run: Path) -> None:
 )
 def test_ended(kind: str, facts: dict[str, Any], state: str, detail: str, step: int, run: Path) -> None:
     """A checkpoint does not tell where the run is: it is written behind it."""
-    events.EventLog(run, world_size=4).record(kind, 63 if kind != "checkpoint" else 50, **facts)
+    log = events.EventLog(run, world_size=4)
+    if kind != "checkpoint":
+        log.record(kind, 63, **facts)
+    log.record("checkpoint", 50)
     found = read_status(run)
     assert (found.state, found.detail, found.step) == (state, detail, step)
 
