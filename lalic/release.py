@@ -202,7 +202,7 @@ def verify_bundle(folder: str | Path, only: Sequence[str] | None = None) -> dict
     that is missing, damaged or not listed.
     """
     folder = Path(folder)
-    sums = _read_sums(folder)
+    sums = read_sums(folder)
     wanted = [*sums] if only is None else [*only]
     unlisted = [n for n in (CONFIG, SAFETENSORS, *(only or ())) if n not in sums]
     if only is None:
@@ -231,7 +231,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
+    """The sums that a bundle was written with, by file name; LalicError when it has none that can be read."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

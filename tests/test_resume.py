@@ -28,8 +28,8 @@ KILLS = {
 }
 
 
-def launch_two(folder: Path, config: Path, order: dict[str, Any]) -> tuple[int, str]:
-    return launch(2, folder, config, order)
+def launch_two(folder: Path, config: Path, order: dict[str, Any], yaml: str = "cpu2") -> tuple[int, str]:
+    return launch(2, folder, config, order, yaml)
 
 
 def assert_same_end(run: Path, reference: Path) -> None:

@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from lalic import train
 from lalic.config import LossSection, RunConfig, StageSection, TrainSection, read_config
+from lalic.durations import duration
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.training import checkpoint, environment, inputs, step
 from lalic.training.distributed import SharedError, on_first_rank, seed_from, start_processes
+from lalic.training.engine import keep_out_of_ddp
 from lalic.training.schedule import plan
-from lalic.training.step import TrainStep, keep_out_of_ddp
-from lalic.training.tracking import duration, keep_until
+from lalic.training.step import TrainStep
+from lalic.training.tracking import keep_until
 from lalic.training.validate import validate
 
 TINY: dict[str, Any] = {
@@ -288,7 +290,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
     ours = stepper()
     ours([{"x": pixels(4), "bad": 0}], step=0, lr=1e-4)
     weights = {k: v.clone() for k, v in ours.bare.state_dict().items()}
-    moments = json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist())
+    moments = json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist())
     if where == "loss":
         original = step.rate_distortion
 
@@ -301,7 +303,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
         ours.main_parameters[0].register_hook(lambda g: g + float("inf"))
     assert float(ours([{"x": pixels(4), "bad": 0}], step=1, lr=1e-4).left_out) == 1
     assert all(torch.equal(v, weights[k]) for k, v in ours.bare.state_dict().items())
-    assert json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist()) == moments
+    assert json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist()) == moments
 
 
 def test_only_the_quantiles_are_kept_out_of_ddp() -> None:
@@ -309,6 +311,17 @@ def test_only_the_quantiles_are_kept_out_of_ddp() -> None:
     keep_out_of_ddp(model, model.quantiles())
     left_out = set(model._ddp_params_and_buffers_to_ignore)
     assert left_out == {n for n, _ in model.named_parameters(remove_duplicate=False) if n.endswith(".quantiles")}
+
+
+def test_a_later_rank_leaves_the_first_one_time_to_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the first rank as soon as another has ended."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--config", str(tmp_path / "missing.yaml"), "run.dir=r"]) == 2
+    assert sum(slept) >= 5 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

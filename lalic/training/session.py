@@ -21,14 +21,15 @@ from lalic.config import RunConfig, config_text
 from lalic.data.loader import build_loader
 from lalic.model import LALIC
 from lalic.remote import without_password
-from lalic.training import checkpoint
+from lalic.training import checkpoint, events, watchdog
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, together
 from lalic.training.ema import SavedAverage
-from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.environment import device_name, job, random_state, set_random_state, versions
 from lalic.training.inputs import read_inputs
 from lalic.training.recovery import Health, read_weights, rollback_target
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Stage
+from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
@@ -71,6 +72,8 @@ class Session:
             logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
         else:
             logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
+            if accelerator.is_main_process:
+                events.record("started", 0, total_steps=self.schedule.total_steps, **job())
         self.tracker.open(self.step)
 
     @property
@@ -105,6 +108,7 @@ class Session:
 
     def micro_batches(self) -> Iterator[Mapping[str, Any]]:
         """This rank's micro-batches of what is left of the stage."""
+        watchdog.enter(STARTING, self.step)
         if self.writer:
             self.writer.wait()  # worker processes are forked here; they would hold the files that are being written
         data, train, stage = self.config.data, self.config.train, self.stage
@@ -143,6 +147,7 @@ class Session:
 
         When an image cannot be read any more, the steps that are done are saved before the error is raised.
         """
+        watchdog.enter(VALIDATION, self.step)
         log = self.config.log
         nth = self.step // self.config.validate.every
         pictures = log.images if nth % log.images_every == 0 or self.done else 0
@@ -182,7 +187,14 @@ class Session:
             self.health = replace(self.health, skipped=self.health.skipped + 1)
             if self.accelerator.is_main_process:
                 logger.warning("skipped, because it is not finite: %s", skipped)
+                values = {"loss": skipped.loss, "gradient_norm": skipped.gradient_norm, "broken_rank": skipped.rank}
+                events.record("skipped", skipped.step + 1, **values)
         self.stepper.verdicts.unseen.clear()
+
+    def counts(self) -> dict[str, Any]:
+        """What a log line tells of the whole run so far."""
+        health, graphs = self.health, self.stepper.compiled_graphs
+        return {"skipped": health.skipped, "rollbacks": health.rollbacks, "compiled_graphs": graphs}
 
     @property
     def halted(self) -> bool:
@@ -197,6 +209,7 @@ class Session:
         """
         if not self.halted:
             return
+        watchdog.enter(STARTING, self.step)
         self.settle()
         health, verdicts = self.config.health, self.stepper.verdicts
         row = f"the last {verdicts.in_row} steps up to {self.step} were not finite and were not applied"
@@ -226,6 +239,7 @@ class Session:
         self.saved_step = None
         if self.accelerator.is_main_process:
             logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
+            events.record("rollback", self.step, to_step=back)
 
     def save_due(self) -> bool:
         """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
@@ -239,6 +253,7 @@ class Session:
         When the write fails (a full disk), nothing older is lost, and the run goes on to the next one with an error
         in the log. With `must` it is waited for, and a failure ends the run on all ranks, in one line.
         """
+        watchdog.enter(CHECKPOINT, self.step)
         began = time.perf_counter()
         average = self.stepper.average
         check_equal(self.accelerator, [*self.model.parameters(), *(average.model.parameters() if average else ())])
@@ -265,6 +280,7 @@ class Session:
         self.saved_step = step
         if must:
             on_first_rank(self.accelerator, lambda: writer.must_be_written(step) if writer else None)
+        self.tracker.saved(time.perf_counter() - began)
 
     def keep(self, folder: RunFolder) -> None:
         """Write a checkpoint of the steps that are done, unless it is there; for a run that cannot go on."""
@@ -294,6 +310,7 @@ class Session:
             "health": {**asdict(self.health), "in_row": self.stepper.verdicts.in_row},
             "shards": self.index.fingerprint,
             "world_size": self.accelerator.num_processes,
+            "backend": self.stepper.engine.name,
             "cpu_threads": torch.get_num_threads(),
             "device": device_name(self.accelerator.device),
             "versions": versions(),
@@ -347,13 +364,18 @@ class Session:
         """Log what keeps the rest of the run from having the bits of an uninterrupted one."""
         now = {
             "world_size": self.accelerator.num_processes,
+            "backend": self.stepper.engine.name,
             "cpu_threads": torch.get_num_threads(),
             "device": device_name(self.accelerator.device),
             **versions(),
         }
-        was = {**{k: meta.get(k) for k in now}, **meta.get("versions", {})}
+        was = {"backend": "DDP", **{k: meta[k] for k in now if k in meta}, **meta.get("versions", {})}
         changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
-        if changed and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        before = {"world_size_before": meta.get("world_size"), "changed": changed}
+        events.record("resumed", self.step, total_steps=self.schedule.total_steps, **before, **job())
+        if changed:
             logger.warning(
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
                 ", ".join(changed),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lalic.errors import LalicError, is_out_of_memory
-from lalic.training import checkpoint
+from lalic.training import checkpoint, events
 from lalic.training.snapshot import HostCopy
 from lalic.training.summed import Abandoned
 
@@ -110,6 +110,8 @@ class CheckpointWriter:
             size = sum(file.stat().st_size for file in path.iterdir())
             done = replace(save, seconds=time.perf_counter() - started, bytes=size)
             logger.info("%s", told(path, done))
+            seconds = {"stopped_seconds": round(done.stopped, 3), "write_seconds": round(done.seconds or 0.0, 3)}
+            events.record("checkpoint", step, **seconds, bytes=size)
             try:
                 prune(self.run, step)
             except OSError as error:
@@ -174,6 +176,7 @@ class CheckpointWriter:
 
     def _fail(self, save: Written, reason: str, must: bool) -> None:
         self.last = replace(save, error=reason)
+        events.record("checkpoint_failed", save.step, error=reason)
         if not must:
             logger.error("%s: %s; the run goes on", self._failed(save.step), reason)
 
