@@ -318,10 +318,14 @@ class Session:
 
     def _prune(self) -> Callable[[Path, int], None]:
         """The retention rule as it is now, for when the checkpoint is in place."""
-        rule, protected = self.config.checkpoint, self._protected()
+        rule, protected, best = self.config.checkpoint, self._protected(), self.best["step"] if self.best else None
 
         def prune(run: Path, written: int) -> None:
-            checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=protected)
+            stay = set(protected)
+            if best is not None and checkpoint.problem(checkpoint.folder_of(run, best), contents=False) is not None:
+                # It could not be written: the best of those that are there takes its place.
+                stay |= {step for step in [checkpoint.best_on_disk(run)] if step is not None}
+            checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=stay)
 
         return prune
 
