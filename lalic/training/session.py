@@ -33,7 +33,7 @@ from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
-from lalic.training.writer import CheckpointWriter, Written
+from lalic.training.writer import CheckpointWriter
 
 logger = logging.getLogger("lalic.train")
 
@@ -80,11 +80,6 @@ class Session:
     def model(self) -> LALIC:
         """The bare model, without DDP."""
         return self.stepper.bare
-
-    @property
-    def last_save(self) -> Written | None:
-        """What is known of the last checkpoint, on the first rank: how long the step stood still, and the rest."""
-        return self.writer.last if self.writer else None
 
     def __enter__(self) -> Session:
         return self
