@@ -234,11 +234,38 @@ def backends(result: dict[str, Any]) -> str:
     return section("Loss curves of the backends", result, table((*titles, *apart), rows), note)
 
 
+def checkpoint(result: dict[str, Any]) -> str:
+    s, ours = result["settings"], result["rows"]["asynchronous"]
+    rows = [
+        (
+            name,
+            f"{r['stopped_s']:.2f}",
+            f"{r['lost_s']:.2f}",
+            f"{r['lost_steps']:.2f}",
+            f"{100 * r['share']:.3f} %",
+            f"{r['bytes'] / 1e6:.0f}",
+        )
+        for name, r in result["rows"].items()
+    ]
+    title = f"{s['model']} model, {s['precision']}, crop {s['crop']}, batch {s['batch']}" + (
+        ", EMA" if s["ema"] else ""
+    )
+    titles = (title, "s the step stands still", "s lost in all", "in steps", f"of {result['every']} steps", "MB")
+    text = (
+        f"A step takes {result['step_s']:.2f} s. The asynchronous checkpoint was written in {ours['write_s']:.1f} s "
+        f"behind {ours['steps_behind']:.0f} steps; the first stood still for {result['first_stopped_s']:.2f} s, and "
+        f"its copy holds {result['host_bytes'] / 1e6:.0f} MB of host memory. Load average at the start: "
+        f"{result['environment']['load_average']:.1f}."
+    )
+    return section("Checkpoints", result, table(titles, rows), text)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
     "train_step": train_step,
     "profile_step": profile,
+    "checkpoint": checkpoint,
     "codec": codec,
     "sharding": sharding,
     "loader": loader,
