@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lalic.training.checkpoint import problem, steps_on_disk
-from lalic.training.run_folder import DONE, LOG, is_held
+from lalic.errors import LalicError
+from lalic.training.checkpoint import FOLDER, problem, steps_on_disk
+from lalic.training.run_folder import DONE, LOCK, LOG, is_held
 
 
 @dataclass(frozen=True)
 class RunStatus:
     """What is known about a run; None for what its files do not tell."""
 
-    run: Path
+    run: str
     state: str
     """"new", "running", "stopped", "finished" or "failed"."""
+    detail: str = ""
+    """The state in words: what failed."""
     step: int = 0
     total_steps: int | None = None
     stage: int | None = None
@@ -37,7 +40,9 @@ class RunStatus:
 
 
 def read_status(run: Path) -> RunStatus:
-    """The state of a run. Files that are missing or damaged leave gaps and raise nothing."""
+    """The state of a run. Files that are missing or damaged leave gaps; LalicError when there is no run folder."""
+    if not any((run / name).exists() for name in (LOG, DONE, LOCK, FOLDER)):
+        raise LalicError(f"{run} is no run folder")
     train, validation = _records(run / LOG)
     complete = [s for s in steps_on_disk(run) if problem(run / "checkpoints" / f"step-{s:08d}", contents=False) is None]
     meta = _meta(run, complete[0]) if complete else {}
@@ -50,7 +55,7 @@ def read_status(run: Path) -> RunStatus:
         state = "stopped" if step else "new"
     total, speed = meta.get("total_steps"), train.get("images_per_second")
     return RunStatus(
-        run=run,
+        run=str(run),
         state=state,
         step=step,
         total_steps=total,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lalic.errors import for_terminal
+from lalic.errors import LalicError, for_terminal
 from lalic.files import write_json, write_text
 from lalic.status import RunStatus, read_status
 from lalic.sweep.plan import Ladder, Rung
@@ -33,7 +33,8 @@ class Row:
     """waiting, running, stopped, failed or finished."""
     error: str | None
     """Why the rung failed."""
-    status: RunStatus
+    status: RunStatus | None
+    """None as long as there is no run folder."""
     saved: float | None
     """Unix time of the newest checkpoint."""
 
@@ -53,23 +54,41 @@ def read_rows(ladder: Ladder, failures: Mapping[int, str | None] | None = None) 
     return [_row(rung, known, before) for rung in ladder.whole]
 
 
+def standing(run: Path) -> RunStatus | None:
+    """Where a run stands; None when it has not been started."""
+    try:
+        return read_status(run)
+    except LalicError:
+        return None
+
+
+def step_of(run: Path) -> int:
+    """Steps that a run has done."""
+    status = standing(run)
+    return status.step if status else 0
+
+
 def _row(rung: Rung, known: Mapping[int, str | None], before: Mapping[int, tuple[int, str]]) -> Row:
-    status = read_status(rung.run)
-    state = "waiting" if status.state == "new" else status.state
+    status = standing(rung.run)
+    state = "waiting" if status is None or status.state == "new" else status.state
     error = known.get(rung.quality)
     if rung.quality not in known:
         step, reason = before.get(rung.quality, (-1, ""))
-        error = reason if step == status.step else None
+        error = reason if step == (status.step if status else 0) else None
     if state in ("running", "finished"):
         error = None
-    return Row(rung.quality, rung.config.loss.multiplier, "failed" if error else state, error, status, _saved(status))
+    elif status and state == "failed":
+        error = error or status.detail or "see its log"
+    return Row(
+        rung.quality, rung.config.loss.multiplier, "failed" if error else state, error, status, _saved(rung, status)
+    )
 
 
-def _saved(status: RunStatus) -> float | None:
-    if status.last_checkpoint is None:
+def _saved(rung: Rung, status: RunStatus | None) -> float | None:
+    if status is None or status.last_checkpoint is None:
         return None
     try:
-        return (checkpoint.folder_of(status.run, status.last_checkpoint) / checkpoint.MANIFEST).stat().st_mtime
+        return (checkpoint.folder_of(rung.run, status.last_checkpoint) / checkpoint.MANIFEST).stat().st_mtime
     except OSError:
         return None
 
@@ -88,15 +107,15 @@ def write_rows(ladder: Ladder, rows: Sequence[Row]) -> None:
     path = json_path(ladder)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    rungs = [_as_json(row) for row in rows]
+    rungs = [_as_json(row, rung.run) for row, rung in zip(rows, ladder.whole, strict=True)]
     write_json(path, {"config": str(ladder.config), "metric": ladder.metric, "time": round(now, 3), "rungs": rungs})
     write_text(path.with_suffix(".md"), markdown(ladder, rows, now))
 
 
-def _as_json(row: Row) -> dict[str, Any]:
-    status = {**dataclasses.asdict(row.status), "run": str(row.status.run)}
-    values = {"quality": row.quality, "lambda": row.multiplier, **status, "state": row.state, "error": row.error}
-    finite: dict[str, Any] = _finite({**values, "saved": row.saved})
+def _as_json(row: Row, run: Path) -> dict[str, Any]:
+    status = dataclasses.asdict(row.status) if row.status else {"step": 0}
+    own = {"run": str(run), "state": row.state, "error": row.error, "saved": row.saved}
+    finite: dict[str, Any] = _finite({"quality": row.quality, "lambda": row.multiplier, **status, **own})
     return finite
 
 
@@ -104,6 +123,8 @@ def _finite(value: Any) -> Any:
     """None for what JSON has no number for."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -136,9 +157,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """What has no column because it stands for few: a run's bad steps, and why one failed."""
     notes = []
     for row in rows:
-        counts = {"step": row.status.skipped_steps, "rollback": row.status.rollbacks}
-        steps, rollbacks = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+        counts = {"step": row.status.skipped_steps, "rollback": row.status.rollbacks} if row.status else {}
         if any(counts.values()):
+            steps, rollbacks = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
             notes.append(f"q{row.quality}: {steps} skipped, {rollbacks}")
         if row.error:
             notes.append(f"q{row.quality} failed: {for_terminal(row.error)}")
@@ -152,8 +173,12 @@ def _cells(ladder: Ladder, rows: Sequence[Row], now: float) -> tuple[list[str], 
     head += [*(["val MS-SSIM"] if similarity else []), "best", "img/s", "eta", "checkpoint"]
     cells = []
     for row in rows:
-        s, val = row.status, row.status.validation or {}
-        total = s.total_steps if s.total_steps is not None else "?"
+        s = row.status
+        if s is None:
+            cells.append([str(row.quality), f"{row.multiplier:g}", row.state, *["-"] * (len(head) - 3)])
+            continue
+        val = s.validation or {}
+        total = "?" if s.total_steps is None else s.total_steps
         cells.append(
             [
                 str(row.quality),
