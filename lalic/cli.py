@@ -14,6 +14,7 @@ COMMANDS = {
     "check-shards": ("lalic.data_prep.verify", "check shards against their index.json"),
     "train": ("lalic.train", "train in this one process (use `accelerate launch -m lalic.train` for more)"),
     "sweep": ("lalic.sweep.cli", "train the quality ladder q1 ... q6 of one config, and print where its runs stand"),
+    "status": ("lalic.status", "where runs stand, from their folders alone"),
     "export": ("lalic.export", "write the release bundles of runs"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
     "plot": ("lalic.plot", "draw R-D curves from results of `lalic eval`"),

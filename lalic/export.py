@@ -1,12 +1,15 @@
 """Turn checkpoints into release bundles (see lalic.release).
 
-    python -m lalic.export --run RUN [RUN ...] --output release/ [--step N | --best]
+    python -m lalic.export --run RUN [RUN ...] --output release/ [--step N | --best] [--weights ema|raw]
     python -m lalic.export --sweep runs/lalic --output release/
     python -m lalic.export --checkpoint lalic-mse-q3.pth --output release/
 
 The second form takes the runs of a ladder, runs/lalic-q1 ... runs/lalic-q6, that have a checkpoint. The third bundles
 weights that come from elsewhere, such as published ones. Metric and lambda are taken from the checkpoint or from a file
 name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and `--quality` or `--lambda`.
+
+Of a run that was trained with `train.ema`, the averaged weights are taken, which are those that were validated;
+`--weights raw` takes those of the last step.
 
 As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run that cannot
 be exported is told at the end, with a non-zero status, and keeps none of the others back.
@@ -38,11 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.checkpoint is not None:
         if args.step is not None or args.best:
             raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
-        _export(open_weights(args.checkpoint), args)
+        _export(open_weights(args.checkpoint, args.weights), args)
         return 0
     runs = args.run or runs_of_sweep(args.sweep)
     if len(runs) == 1:
-        _export(open_checkpoint(*_chosen(runs[0], args)), args)
+        _export(open_checkpoint(*_chosen(runs[0], args), args.weights), args)
         return 0
     return _export_all(runs, args)
 
@@ -73,9 +76,10 @@ def _chosen(run: Path, args: argparse.Namespace) -> tuple[Path, int | None]:
 
 def _export(weights: Weights, args: argparse.Namespace) -> None:
     weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
-    log.info("weights of %s", weights.source)
+    log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
+    recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema")
     with kept_sums(args.output, release_name(weights.loss["metric"], weights.loss["lambda"])):
-        folder = write_bundle(weights, args.output, force=args.force, recipe=training_facts(Path(weights.source)))
+        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe)
     print(folder, flush=True)
 
 
@@ -105,7 +109,7 @@ def _export_all(runs: Sequence[Path], args: argparse.Namespace) -> int:
             raise LalicError(f"{twin.run} and {source.run} are both {source.name}: leave one of them out")
     for source in sources:
         try:
-            _export(open_checkpoint(source.checkpoint), args)
+            _export(open_checkpoint(source.checkpoint, None, args.weights), args)
         except (LalicError, OSError) as error:
             failures[source.run] = error
     for run, failure in failures.items():
@@ -154,7 +158,7 @@ def best_step(run: Path) -> int:
     return int(best["step"])
 
 
-def training_facts(checkpoint: Path) -> dict[str, Any]:
+def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any]:
     """What a checkpoint folder says about its training, for the model card; {} for weights from elsewhere."""
     if not (checkpoint / "meta.json").exists():
         return {}
@@ -170,6 +174,8 @@ def training_facts(checkpoint: Path) -> dict[str, Any]:
     stages = [stage for stage in config.get("stages") or () if isinstance(stage, dict)]
     if stages:
         facts["stages"] = "; ".join(_stage(stage) for stage in stages)
+    if averaged:
+        facts["decay of the averaged weights"] = str(meta["ema"]["decay"])
     return facts
 
 
@@ -201,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="checkpoint of this step (default: the newest complete one)")
     which.add_argument("--best", action="store_true", help="checkpoint with the lowest validation loss")
+    kinds = "averaged weights or those of the last step of a run with train.ema (default: averaged where there are any)"
+    parser.add_argument("--weights", choices=("ema", "raw"), help=kinds)
     parser.add_argument("--metric", choices=tuple(LADDERS), help="what the weights were trained for")
     multiplier = parser.add_mutually_exclusive_group()
     multiplier.add_argument("--quality", type=int, choices=range(1, 7), help="quality label, gives lambda")

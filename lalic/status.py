@@ -1,100 +1,180 @@
-"""Where a run stands, from the files in its folder alone."""
+"""Where runs stand: `lalic status RUN [RUN ...]`. One run is told in words, several in a table.
+
+Reads the run folders alone, whose runs may be on other machines; --json prints one object a line, for programs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lalic.errors import LalicError
-from lalic.training.checkpoint import FOLDER, problem, steps_on_disk
-from lalic.training.run_folder import DONE, LOCK, LOG, is_held
+from lalic.durations import duration
+from lalic.errors import LalicError, for_terminal
+from lalic.run_status import RunStatus, SavedStep, read_status
+
+__all__ = ["RunStatus", "SavedStep", "main", "read_status", "table", "text"]
 
 
-@dataclass(frozen=True)
-class RunStatus:
-    """What is known about a run; None for what its files do not tell."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry of `lalic status`."""
+    parser = argparse.ArgumentParser(
+        prog="lalic status", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead")
+    arguments = parser.parse_args(argv)
+    found: list[RunStatus] = []
+    problem: LalicError | None = None
+    for run in arguments.runs:
+        try:
+            found.append(read_status(run))
+        except LalicError as error:
+            problem = problem or error
+    if arguments.json:
+        for status in found:
+            print(json.dumps(dataclasses.asdict(status)))
+    elif len(arguments.runs) == 1:
+        print("".join(map(text, found)), end="")
+    elif found:
+        print(table(found))
+    if problem:
+        raise problem
+    return 0
 
-    run: str
-    state: str
-    """"new", "running", "stopped", "finished" or "failed"."""
-    detail: str = ""
-    """The state in words: what failed."""
-    step: int = 0
-    total_steps: int | None = None
-    stage: int | None = None
-    loss: float | None = None
-    bpp: float | None = None
-    psnr: float | None = None
-    validation: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-    images_per_second: float | None = None
-    eta_seconds: float | None = None
-    skipped_steps: int = 0
-    rollbacks: int = 0
-    last_checkpoint: int | None = None
-    updated: float | None = None
-    """Unix time of the newest record."""
+
+def text(status: RunStatus, now: float | None = None) -> str:
+    """A run in some lines. `now`: seconds since 1970, by default those of the clock."""
+    now = time.time() if now is None else now
+    lines = [for_terminal(f"{status.run}: {status.state}") + (f", {_one_line(status.detail)}" if status.detail else "")]
+    where = [_progress(status)]
+    if status.stage is not None:
+        where.append(f"stage {status.stage}" + (f" of {status.stages}" if status.stages else ""))
+    if status.state in ("running", "stopped") and status.eta_seconds is not None:
+        where.append(f"{'eta' if status.state == 'running' else 'to go'} {duration(status.eta_seconds)}")
+    lines.append(", ".join(where))
+    lines += [
+        f"{name}: {values}"
+        for name, values in (
+            ("training", _values(vars(status), ("loss", "bpp", "psnr"))),
+            ("validation", _measured(status.validation)),
+            ("best", _measured(status.best)),
+        )
+        if values
+    ]
+    if status.images_per_second is not None:
+        memory = f", memory {status.memory_gib:.1f} GiB" if status.memory_gib is not None else ""
+        wait = f", data wait {100 * status.data_wait_share:.0f} %" if status.data_wait_share is not None else ""
+        lines.append(f"speed: {status.images_per_second:.1f} images/s{wait}{memory}")
+    if status.checkpoints:
+        lines.append("checkpoints: " + ", ".join(_saved(saved) for saved in reversed(status.checkpoints)))
+    counts = (
+        ("skipped step", status.skipped_steps),
+        ("bad sample", status.bad_samples),
+        ("rollback", status.rollbacks),
+        ("restart", status.restarts),
+    )
+    told = [f"{count} {name}{'s' if count != 1 else ''}" for name, count in counts if count or name != "bad sample"]
+    lines.append("health: " + ", ".join(told))
+    if status.world_size is not None:
+        processes = f"{status.world_size} process{'es' if status.world_size != 1 else ''}"
+        job = f", job {_one_line(status.job)}" if status.job else ""
+        lines.append(f"on: {_one_line(status.host or '?')}, {processes}{job}")
+    if status.last_event:
+        lines.append(f"last event: {_event(status.last_event, now)}")
+    if status.updated is not None:
+        lines.append(f"last sign of life: {duration(now - status.updated)} ago")
+    return lines[0] + "\n" + "".join(f"  {line}\n" for line in lines[1:])
 
 
-def read_status(run: Path) -> RunStatus:
-    """The state of a run. Files that are missing or damaged leave gaps; LalicError when there is no run folder."""
-    if not any((run / name).exists() for name in (LOG, DONE, LOCK, FOLDER)):
-        raise LalicError(f"{run} is no run folder")
-    train, validation = _records(run / LOG)
-    complete = [s for s in steps_on_disk(run) if problem(run / "checkpoints" / f"step-{s:08d}", contents=False) is None]
-    meta = _meta(run, complete[0]) if complete else {}
-    step = max(complete[0] if complete else 0, int(train.get("step") or 0))
-    if (run / DONE).exists():
-        state = "finished"
-    elif is_held(run):
-        state = "running"
-    else:
-        state = "stopped" if step else "new"
-    total, speed = meta.get("total_steps"), train.get("images_per_second")
-    return RunStatus(
-        run=str(run),
-        state=state,
-        step=step,
-        total_steps=total,
-        stage=train.get("stage") or meta.get("stage"),
-        loss=train.get("loss"),
-        bpp=train.get("bpp"),
-        psnr=train.get("psnr"),
-        validation=validation or None,
-        best=meta.get("best"),
-        images_per_second=speed,
-        last_checkpoint=complete[0] if complete else None,
-        updated=train.get("time"),
+_COLUMNS = (
+    "run",
+    "state",
+    "step",
+    "%",
+    "loss",
+    "bpp",
+    "psnr",
+    "val loss",
+    "best",
+    "img/s",
+    "eta",
+    "skip",
+    "back",
+    "ago",
+)
+
+
+def table(statuses: Sequence[RunStatus], now: float | None = None) -> str:
+    """Runs as lines of a table, without a newline at its end; what is not known is a dash."""
+    now = time.time() if now is None else now
+    rows = [_COLUMNS, *(_row(status, now) for status in statuses)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = []
+    for row in rows:
+        # Names are read from the left, numbers compared from the right.
+        cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _row(status: RunStatus, now: float) -> tuple[str, ...]:
+    total = status.total_steps
+    return (
+        for_terminal(status.run),
+        status.state,
+        f"{status.step}" + (f"/{total}" if total else ""),
+        f"{100 * status.step / total:.1f}" if total else "-",
+        _figure(status.loss, 4),
+        _figure(status.bpp, 4),
+        _figure(status.psnr, 2),
+        _figure((status.validation or {}).get("loss"), 4),
+        _figure((status.best or {}).get("loss"), 4),
+        _figure(status.images_per_second, 1),
+        "-" if status.eta_seconds is None or status.state == "finished" else duration(status.eta_seconds),
+        str(status.skipped_steps),
+        str(status.rollbacks),
+        "-" if status.updated is None else duration(now - status.updated),
     )
 
 
-def _meta(run: Path, step: int) -> dict[str, Any]:
-    try:
-        meta = json.loads((run / "checkpoints" / f"step-{step:08d}" / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
+def _progress(status: RunStatus) -> str:
+    if not status.total_steps:
+        return f"step {status.step}"
+    return f"step {status.step} of {status.total_steps} ({100 * status.step / status.total_steps:.1f} %)"
 
 
-def _records(log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest record of training and of validation."""
-    newest: dict[str, dict[str, Any]] = {"train": {}, "validation": {}}
-    try:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if isinstance(record["step"], int) and all(map(_plain, record.values())):
-                newest[record["kind"]] = record
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return newest["train"], newest["validation"]
+def _values(values: Mapping[str, Any], names: Sequence[str]) -> str:
+    decimals = {"psnr": 2}
+    return ", ".join(f"{n} {_figure(values[n], decimals.get(n, 4))}" for n in names if values.get(n) is not None)
 
 
-def _plain(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _measured(values: Mapping[str, Any] | None) -> str:
+    if not values:
+        return ""
+    shown = _values(values, ("loss", "bpp", "psnr", "ms_ssim"))
+    return f"{shown} at step {values['step']}" if "step" in values else shown
+
+
+def _saved(saved: SavedStep) -> str:
+    return f"{saved.step}" + (f" (damaged: {saved.problem})" if saved.problem else "")
+
+
+def _event(event: Mapping[str, Any], now: float) -> str:
+    words = [_one_line(str(event["kind"])).replace("_", " ")]
+    if event.get("step") is not None:
+        words.append(f"at step {event['step']}")
+    if isinstance(event.get("time"), int | float):
+        words.append(f"{duration(now - event['time'])} ago")
+    return " ".join(words)
+
+
+def _figure(value: Any, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if isinstance(value, int | float) else "-"
+
+
+def _one_line(words: str) -> str:
+    return for_terminal(" ".join(words.split()))

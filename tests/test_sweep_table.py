@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -86,12 +85,8 @@ def test_of_damaged_folders(config: Path, tmp_path: Path, capsys: pytest.Capture
     assert (runs / "tiny.sweep.md").read_text().count("\n| ") == 8
 
 
-def status(run: Path, state: str, step: int = 0, total: int | None = None, **more: Any) -> RunStatus:
-    """With None for all that is not given."""
-    counts = {"skipped_steps": 0, "rollbacks": 0, "detail": ""}
-    names = [field.name for field in dataclasses.fields(RunStatus)]
-    given = {"run": str(run), "state": state, "step": step, "total_steps": total, **counts, **more}
-    return RunStatus(**{name: given.get(name) for name in names})
+def status(run: Path, state: Any, step: int = 0, total: int | None = None, **more: Any) -> RunStatus:
+    return RunStatus(str(run), state, step=step, total_steps=total, **more)
 
 
 def statuses(ladder: Ladder) -> dict[Path, RunStatus]:

@@ -13,7 +13,7 @@ from typing import Any
 from lalic.errors import for_terminal
 from lalic.sweep.launcher import LOG, Launcher, Training
 from lalic.sweep.plan import Ladder, Rung
-from lalic.sweep.table import json_path, read_rows, standing, step_of, text, write_rows
+from lalic.sweep.table import json_path, read_rows, rung_status, text, write_rows
 from lalic.training.run_folder import STOP, is_held
 
 _LOOK = 0.2
@@ -85,8 +85,8 @@ class Climb:
             if is_held(rung.run):
                 self._wait_for_the_other(rung, asked)
                 continue
-            before = standing(rung.run)
-            where = f"goes on after step {before.last_checkpoint}" if rung.begun and before else "a new run"
+            before = rung_status(rung.run)
+            where = f"goes on after step {before.last_checkpoint}" if rung.begun else "a new run"
             where += f" with the weights of {rung.parent.name}" if rung.parent and not rung.begun else ""
             say(f"== {rung.name} (lambda {rung.config.loss.multiplier:g}): {rung.run}, {where}")
             self.failures[rung.quality] = None
@@ -139,7 +139,7 @@ class Climb:
     def _is_shared(self, rung: Rung) -> bool:
         """Whether this rung fell at the same hurdle as the one before, before its first step: so would all others."""
         before, self._hurdle = self._hurdle, None
-        if (reason := self.failures.get(rung.quality)) and not step_of(rung.run):
+        if (reason := self.failures.get(rung.quality)) and not rung_status(rung.run).step:
             self._hurdle = reason.replace(str(rung.run), "RUN")
         return self._hurdle is not None and self._hurdle == before
 
@@ -164,7 +164,7 @@ class Climb:
         for rung in rungs:
             if rung.quality in failed:
                 reason = " ".join(for_terminal(failed[rung.quality]).split())
-                at = f"at step {step_of(rung.run)}"
+                at = f"at step {rung_status(rung.run).step}"
                 complain(f"error: {rung.name} failed {at}: {reason} (log: {rung.run / LOG})")
         if not open_rungs:
             say(f"all {len(rungs)} finished; next: lalic export --sweep {self.ladder.prefix} --output release/")

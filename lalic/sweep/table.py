@@ -33,8 +33,7 @@ class Row:
     """waiting, running, stopped, failed or finished."""
     error: str | None
     """Why the rung failed."""
-    status: RunStatus | None
-    """None as long as there is no run folder."""
+    status: RunStatus
     saved: float | None
     """Unix time of the newest checkpoint."""
 
@@ -54,41 +53,33 @@ def read_rows(ladder: Ladder, failures: Mapping[int, str | None] | None = None) 
     return [_row(rung, known, before) for rung in ladder.whole]
 
 
-def standing(run: Path) -> RunStatus | None:
-    """Where a run stands; None when it has not been started."""
-    try:
-        return read_status(run)
-    except LalicError:
-        return None
-
-
-def step_of(run: Path) -> int:
-    """Steps that a run has done."""
-    status = standing(run)
-    return status.step if status else 0
-
-
 def _row(rung: Rung, known: Mapping[int, str | None], before: Mapping[int, tuple[int, str]]) -> Row:
-    status = standing(rung.run)
-    state = "waiting" if status is None or status.state == "new" else status.state
+    status = rung_status(rung.run)
+    state = "waiting" if status.state == "new" else status.state
     error = known.get(rung.quality)
     if rung.quality not in known:
         step, reason = before.get(rung.quality, (-1, ""))
-        error = reason if step == (status.step if status else 0) else None
+        error = reason if step == status.step else None
     if state in ("running", "finished"):
         error = None
-    elif status and state == "failed":
+    elif state == "failed":
         error = error or status.detail or "see its log"
-    return Row(
-        rung.quality, rung.config.loss.multiplier, "failed" if error else state, error, status, _saved(rung, status)
-    )
+    return Row(rung.quality, rung.config.loss.multiplier, "failed" if error else state, error, status, _saved(status))
 
 
-def _saved(rung: Rung, status: RunStatus | None) -> float | None:
-    if status is None or status.last_checkpoint is None:
+def rung_status(run: Path) -> RunStatus:
+    """Where the run of a rung stands, which may not have a folder yet."""
+    try:
+        return read_status(run)
+    except LalicError:
+        return RunStatus(run=str(run), state="new")
+
+
+def _saved(status: RunStatus) -> float | None:
+    if status.last_checkpoint is None:
         return None
     try:
-        return (checkpoint.folder_of(rung.run, status.last_checkpoint) / checkpoint.MANIFEST).stat().st_mtime
+        return (checkpoint.folder_of(Path(status.run), status.last_checkpoint) / checkpoint.MANIFEST).stat().st_mtime
     except OSError:
         return None
 
@@ -107,15 +98,15 @@ def write_rows(ladder: Ladder, rows: Sequence[Row]) -> None:
     path = json_path(ladder)
     path.parent.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    rungs = [_as_json(row, rung.run) for row, rung in zip(rows, ladder.whole, strict=True)]
+    rungs = [_as_json(row) for row in rows]
     write_json(path, {"config": str(ladder.config), "metric": ladder.metric, "time": round(now, 3), "rungs": rungs})
     write_text(path.with_suffix(".md"), markdown(ladder, rows, now))
 
 
-def _as_json(row: Row, run: Path) -> dict[str, Any]:
-    status = dataclasses.asdict(row.status) if row.status else {"step": 0}
-    own = {"run": str(run), "state": row.state, "error": row.error, "saved": row.saved}
-    finite: dict[str, Any] = _finite({"quality": row.quality, "lambda": row.multiplier, **status, **own})
+def _as_json(row: Row) -> dict[str, Any]:
+    status = {**dataclasses.asdict(row.status), "run": str(row.status.run)}
+    values = {"quality": row.quality, "lambda": row.multiplier, **status, "state": row.state, "error": row.error}
+    finite: dict[str, Any] = _finite({**values, "saved": row.saved})
     return finite
 
 
@@ -157,9 +148,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     """What has no column because it stands for few: a run's bad steps, and why one failed."""
     notes = []
     for row in rows:
-        counts = {"step": row.status.skipped_steps, "rollback": row.status.rollbacks} if row.status else {}
+        counts = {"step": row.status.skipped_steps, "rollback": row.status.rollbacks}
+        steps, rollbacks = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
         if any(counts.values()):
-            steps, rollbacks = (f"{n} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
             notes.append(f"q{row.quality}: {steps} skipped, {rollbacks}")
         if row.error:
             notes.append(f"q{row.quality} failed: {for_terminal(row.error)}")
@@ -173,12 +164,8 @@ def _cells(ladder: Ladder, rows: Sequence[Row], now: float) -> tuple[list[str], 
     head += [*(["val MS-SSIM"] if similarity else []), "best", "img/s", "eta", "checkpoint"]
     cells = []
     for row in rows:
-        s = row.status
-        if s is None:
-            cells.append([str(row.quality), f"{row.multiplier:g}", row.state, *["-"] * (len(head) - 3)])
-            continue
-        val = s.validation or {}
-        total = "?" if s.total_steps is None else s.total_steps
+        s, val = row.status, row.status.validation or {}
+        total = s.total_steps if s.total_steps is not None else "?"
         cells.append(
             [
                 str(row.quality),

@@ -3,6 +3,7 @@
 RUN/config.yaml   what runs here, every key     RUN/DONE    the run is finished
 RUN/checkpoints/  see checkpoint.py             RUN/STOP    asks the run to checkpoint and stop
 RUN/log.jsonl     one object per log line       RUN/.lock   held while a process trains here
+RUN/events.jsonl  what happened to the run      see events.py
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import fcntl
 import logging
 import os
 import struct
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -86,15 +88,20 @@ class RunFolder:
                 return
 
 
-def is_held(run: Path) -> bool:
-    """Whether a process trains in the run folder. Nothing is locked by asking, and no process of its own counts."""
-    question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+def is_held(run: Path) -> bool | None:
+    """Whether another process trains in the run folder; None when that cannot be asked. The lock is not taken."""
+    if sys.platform != "linux":
+        return None
+    layout = "hhqqi"  # struct flock: type, whence, start, length, pid
     try:
         with open(run / LOCK, "rb") as file:
+            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0).ljust(64, b"\0")
             answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
-    except OSError:
+    except FileNotFoundError:
         return False
-    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    except OSError:
+        return None
+    return bool(struct.unpack_from(layout, answer)[0] != fcntl.F_UNLCK)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> None:

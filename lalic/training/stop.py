@@ -6,8 +6,11 @@ The run then finishes its step, saves a checkpoint and exits with status 0.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +27,21 @@ _LOOK_EVERY = 1.0
 """Seconds between two looks for the file."""
 
 
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2), in linux/prctl.h."""
+
+
+def stop_with_launcher() -> None:
+    """Take the end of the launcher for a SIGTERM; without one, do nothing.
+
+    A launcher that is killed leaves its ranks behind. They would train on, unseen, in a folder that the next start
+    needs.
+    """
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
 class StopNow(BaseException):
     """Asked to stop within `StopRequest.at_once`. No Exception, so that nothing takes it for a failure of its own."""
 
@@ -32,6 +50,7 @@ class StopRequest:
     """Context manager that catches the signals and looks for the file.
 
     `spread`: a signal to this rank also makes the file, for ranks that wait for their data and would not hear of it.
+    The signal's name stands in it: a job script tells by that a stop that the scheduler wants from one by hand.
     """
 
     def __init__(self, stop_file: Path, *, spread: bool = False):
@@ -95,5 +114,5 @@ class StopRequest:
             self._reason = signal.Signals(number).name
             if self._spread:
                 with contextlib.suppress(OSError):
-                    self._file.touch()
+                    self._file.write_text(f"{self._reason}\n")
         self._raise_once()
