@@ -25,6 +25,7 @@ CONFIG = """\
 ClusterName=lalic-test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -81,7 +82,14 @@ class Cluster:
         key.chmod(0o400)
         self.folder.chmod(0o755)
         # Every node has room for two jobs at once, however few processors the host has.
-        config = CONFIG.format(host=socket.gethostname(), folder=self.folder, ports=_free_ports(3), nodes=NODES, cpus=2)
+        config = CONFIG.format(
+            host=socket.gethostname(),
+            folder=self.folder,
+            ports=_free_ports(3),
+            nodes=NODES,
+            cpus=2,
+            first_job=secrets.randbelow(1_000_000) + 1,  # not the numbers of another cluster on this host
+        )
         (self.folder / "slurm.conf").write_text(config)
         munge = [f"--key-file={key}", f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munge.pid"]
         munge += [f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munge.seed"]
