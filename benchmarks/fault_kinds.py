@@ -175,7 +175,7 @@ class SmallDisk:
     Where it cannot be mounted, the ranks may not write files beyond a size (RLIMIT_FSIZE) instead.
     """
 
-    def __init__(self, folder: Path, size: int = 64 * MIB):
+    def __init__(self, folder: Path, size: int = 128 * MIB):
         folder.mkdir(parents=True)
         self.folder = folder
         command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "lalic-faults", str(folder)]

@@ -35,7 +35,7 @@ loss: {{metric: mse, quality: 3}}
 train: {{batch_size: 4, cpu_threads: 1, ema: 0.99}}
 stages: [{{steps: {first}, lr: 1e-3, crop: 64}}, {{steps: {second}, lr: 2e-4, crop: 64}}]
 validate: {{every: 5}}
-checkpoint: {{every: {every}, keep: 3}}
+checkpoint: {{every: {every}, keep: 8}}
 log: {{every: 1, images: 1}}
 """
 

@@ -283,7 +283,7 @@ def _write(output: Path | None, result: dict[str, Any], command: str) -> None:
     from lalic.files import write_json
     from lalic.training.environment import versions
 
-    result |= {"command": command, "environment": describe(1), "versions": versions()}
+    result |= {"command": command, "environment": describe(1), "versions": versions(), "checkpoint_every": EVERY}
     result["summary"] = summarise(result["setups"])
     if output:
         write_json(output, result)
