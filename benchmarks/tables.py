@@ -232,12 +232,12 @@ def faults(result: dict[str, Any]) -> str:
     ends = [end for setup in setups for end in setup["ends"]]
     disks = sorted({disk for setup in setups for disk in setup["disks"]})
     text = (
-        f"A checkpoint every {result['checkpoint_every']} steps, and at every new best. Lost steps were done before the "
-        "fault and had to be done again. Seconds: from the fault until the restarted command has done a step, most of "
-        "them Python's imports. Bits: of the checkpoint that the run went on from and of the next that it wrote, beside "
-        f"a run that was never disturbed. The {len(ends)} runs that were hit came to "
-        f"{sum(end['bits_equal'] for end in ends)} equal ends, log.jsonl and TensorBoard's curves included. "
-        f"The full disk is a {', '.join(disks) or 'disk of none of these runs'}."
+        f"A checkpoint every {result['checkpoint_every']} steps, and at every new best. Lost steps were done before "
+        "the fault and had to be done again. Seconds: from the fault until the restarted command has done a step, most "
+        "of them for Python's imports. Bits: of the checkpoint that the run went on from, and of the next one, beside a "
+        f"run that was never disturbed. Of the {len(ends)} runs that were hit, "
+        f"{sum(end['bits_equal'] for end in ends)} have equal ends, log.jsonl and TensorBoard's curves included. "
+        f"The full disk: {', '.join(disks) or 'none'}."
     )
     titles = (
         "runs",
