@@ -48,11 +48,24 @@ class SlurmRun(Run):
             environment = {"LALIC_PYTHON": sys.executable, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
             self.job = self.cluster.submit(ROOT, [output, *words[1:]], **environment)
         else:
-            self.cluster.start_again(self.job, self._restart + 1)
-            self._restart = self.cluster.restarts(self.job)
+            self._start_again()
         self._ended = False
         logs = self.folder / "logs" / f"{self.job}-{self._restart}"
         self.attempts.append(Attempt(logs / "rank0.log"))
+
+    def _start_again(self) -> None:
+        """Wait until SLURM has requeued the job, and until it runs."""
+        cluster, job = self.cluster, self.job
+        cluster.wait(lambda: cluster.restarts(job) > self._restart, f"the requeue of job {job}", 300)
+        time.sleep(3)  # in the second of the kill, slurmd takes the new start for the job that it has just killed
+
+        def running() -> bool:
+            if cluster.state(job) == "PENDING":  # after the loss of a node it may run already
+                cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return cluster.state(job) == "RUNNING"
+
+        cluster.wait(running, f"job {job} runs again", 300)
+        self._restart = cluster.restarts(job)
 
     @property
     def ended(self) -> bool:
