@@ -84,6 +84,8 @@ class Attempt:
 
     output: Path
     launcher: subprocess.Popen[bytes] | None = None
+    also: Path | None = None
+    """What else may tell why it ended."""
 
     def text(self) -> str:
         """Everything so far."""
@@ -115,7 +117,8 @@ class Attempt:
 
     def last_words(self) -> str:
         """The end of what it printed, for messages."""
-        return self.text()[-3000:]
+        also = self.also.read_text(errors="replace") if self.also and self.also.exists() else ""
+        return self.text()[-3000:] + also[-3000:]
 
 
 @dataclass

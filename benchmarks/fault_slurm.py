@@ -45,13 +45,14 @@ class SlurmRun(Run):
         if not self.job:
             output = f"--output={self.folder}-job.txt"
             words = self.command
-            environment = {"LALIC_PYTHON": sys.executable, "OMP_WAIT_POLICY": "PASSIVE", **self.environment}
-            self.job = self.cluster.submit(ROOT, [output, *words[1:]], **environment)
+            # Another cluster on this host, that of the tests, may have a job of the same number.
+            environment = {"LALIC_PYTHON": sys.executable, "OMP_WAIT_POLICY": "PASSIVE", "LALIC_PORTS": "28000-31999"}
+            self.job = self.cluster.submit(ROOT, [output, *words[1:]], **environment, **self.environment)
         else:
             self._start_again()
         self._ended = False
         logs = self.folder / "logs" / f"{self.job}-{self._restart}"
-        self.attempts.append(Attempt(logs / "rank0.log"))
+        self.attempts.append(Attempt(logs / "rank0.log", also=Path(f"{self.folder}-job.txt")))
 
     def _start_again(self) -> None:
         """Wait until SLURM has requeued the job, and until it runs."""
@@ -112,7 +113,7 @@ def _strike(run: SlurmRun, generator: random.Random, action: Callable[[], object
     action()
     run.wait_for_end()
     if over := run.cluster.over(run.job):
-        raise Stuck(f"the job is {over}\n{Path(f'{run.folder}-job.txt').read_text()[-3000:]}")
+        raise Stuck(f"the job is {over}\n{run.attempt.last_words()}")
     return done
 
 
