@@ -13,7 +13,7 @@ from lalic.training import checkpoint
 
 _STATE = ("step", "total_steps", "stage", "position", "samples", "first_epoch", "model", "loss", "ema", "best")
 _STATE += ("metrics", "health", "shards", "world_size", "cpu_threads")
-_OF_THE_CLOCK = ("time", "seconds", "second", "share", "memory", "busy", "waited", "gib")
+_OF_THE_CLOCK = ("time", "seconds", "second", "share", "memory", "busy", "wait", "waited", "gib")
 """Parts of names of what is never the same twice."""
 
 

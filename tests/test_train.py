@@ -25,13 +25,15 @@ from torch import Tensor, nn
 
 from lalic import train
 from lalic.config import LossSection, RunConfig, StageSection, TrainSection, read_config
+from lalic.durations import duration
 from lalic.errors import LalicError
 from lalic.model import LALIC
-from lalic.training import checkpoint, environment, session, step
+from lalic.training import checkpoint, environment, inputs, step
 from lalic.training.distributed import SharedError, on_first_rank, seed_from, start_processes
+from lalic.training.engine import keep_out_of_ddp
 from lalic.training.schedule import plan
-from lalic.training.step import TrainStep, keep_out_of_ddp
-from lalic.training.tracking import duration, keep_until
+from lalic.training.step import TrainStep
+from lalic.training.tracking import keep_until
 from lalic.training.validate import validate
 
 TINY: dict[str, Any] = {
@@ -288,7 +290,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
     ours = stepper()
     ours([{"x": pixels(4), "bad": 0}], step=0, lr=1e-4)
     weights = {k: v.clone() for k, v in ours.bare.state_dict().items()}
-    moments = json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist())
+    moments = json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist())
     if where == "loss":
         original = step.rate_distortion
 
@@ -301,7 +303,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
         ours.main_parameters[0].register_hook(lambda g: g + float("inf"))
     assert float(ours([{"x": pixels(4), "bad": 0}], step=1, lr=1e-4).left_out) == 1
     assert all(torch.equal(v, weights[k]) for k, v in ours.bare.state_dict().items())
-    assert json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist()) == moments
+    assert json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist()) == moments
 
 
 def test_only_the_quantiles_are_kept_out_of_ddp() -> None:
@@ -309,6 +311,17 @@ def test_only_the_quantiles_are_kept_out_of_ddp() -> None:
     keep_out_of_ddp(model, model.quantiles())
     left_out = set(model._ddp_params_and_buffers_to_ignore)
     assert left_out == {n for n, _ in model.named_parameters(remove_duplicate=False) if n.endswith(".quantiles")}
+
+
+def test_a_later_rank_leaves_the_first_one_time_to_say_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends the first rank as soon as another has ended."""
+    slept: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    assert train.main(["--config", str(tmp_path / "missing.yaml"), "run.dir=r"]) == 2
+    assert sum(slept) >= 5 and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
@@ -527,7 +540,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
     path = checkpoint.find_checkpoint(finished)
     source = {"run": finished, "checkpoint": path, "file": path / "model.pt"}[kind]
     config = read_config(config_path, [f"train.init_from={source}"])
-    model = session.new_model(config)
+    model = inputs.new_model(config)
     expected = torch.load(path / "model.pt", weights_only=True)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -535,7 +548,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
 def test_weights_of_another_architecture_are_refused(finished: Path, config_path: Path) -> None:
     config = read_config(config_path, [f"train.init_from={finished}", "model.depths=[1, 1, 2, 1]"])
     with pytest.raises(LalicError, match=r"another architecture .*depths"):
-        session.new_model(config)
+        inputs.new_model(config)
 
 
 def save_tiny(run_folder: Path, number: int) -> Path:
@@ -584,12 +597,12 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for i in range(1, 8):
         save_tiny(tmp_path, i)
     (checkpoint.folder_of(tmp_path, 7) / "model.pt").unlink()
-    checkpoint.prune(tmp_path, 2, [3])
+    checkpoint.prune(tmp_path, 7, keep=2, protected=[3])
     # 7 is damaged: it counts as none of the two, and stays as evidence.
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]
     for i in (5, 6):
         (checkpoint.folder_of(tmp_path, i) / "MANIFEST.json").unlink()
-    checkpoint.prune(tmp_path, 2, [])
+    checkpoint.prune(tmp_path, 7, keep=2)
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]  # the only complete one is not deleted
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import subprocess
@@ -41,6 +42,12 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def job() -> dict[str, str]:
+    """The job of the cluster that this process belongs to: {"job": number}, or nothing."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return {"job": number} if number else {}
 
 
 def versions() -> dict[str, str]:
