@@ -257,36 +257,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = arguments.setups or (["ddp2"] if arguments.quick else list(SETUPS))
     command = " ".join(["python benchmarks/faults.py", *(sys.argv[1:] if argv is None else argv)])
     print(f"seed {arguments.seed}", flush=True)
-    result = _before(arguments.output)
-    good = True
+    good, result = True, {}
     for name in names:
         generator = random.Random(f"{arguments.seed}/{name}")
         plan = planned(name, arguments.quick, arguments.kinds, generator)
         with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
             material = prepare(Path(temporary) / "m", arguments.photos, steps=STEPS, every=EVERY, seed=arguments.seed)
             found = run_setup(name, plan, material, generator, lambda line: print(line, flush=True))
-        result["setups"][name] = {**found, "seed": arguments.seed, "by": command}
+        found |= {"seed": arguments.seed, "by": command}
         good &= all(each["bits_equal"] for each in (*found["records"], *found["ends"]))
         good &= all(record["resumed"] for record in found["records"])
-        _write(arguments.output, result, command)
+        result = _with_others(arguments.output, name, found, command)
     for row in result["summary"]:
         print(json.dumps(row))
     return 0 if good else 1
 
 
-def _before(output: Path | None) -> dict[str, Any]:
-    return json.loads(output.read_text()) if output and output.exists() else {"setups": {}}
-
-
-def _write(output: Path | None, result: dict[str, Any], command: str) -> None:
+def _with_others(output: Path | None, name: str, found: dict[str, Any], command: str) -> dict[str, Any]:
+    """Put a setup's records beside those of the others in `output`; everything that stands there."""
     from benchmarks.machine import describe
     from lalic.files import write_json
     from lalic.training.environment import versions
 
-    result |= {"command": command, "environment": describe(1), "versions": versions(), "checkpoint_every": EVERY}
+    before = json.loads(output.read_text())["setups"] if output and output.exists() else {}
+    setups = {**before, name: found}
+    result = {
+        "command": command,
+        "environment": describe(1),
+        "versions": versions(),
+        "checkpoint_every": EVERY,
+        "setups": {key: setups[key] for key in SETUPS if key in setups},
+    }
     result["summary"] = summarise(result["setups"])
     if output:
         write_json(output, result)
+    return result
 
 
 if __name__ == "__main__":
