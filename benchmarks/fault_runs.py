@@ -161,6 +161,11 @@ class Run:
             )
         self.attempts.append(Attempt(output, launcher))
 
+    def come_back(self) -> None:
+        """Start it again, and wait for its first step."""
+        self.start()
+        self.wait(lambda: self.attempt.training, "the first step after the restart")
+
     def wait(self, ready: Callable[[], T], what: str, *, alive: bool = True) -> T:
         """The first true value of `ready`; Stuck after DEADLINE, or when the launcher ends before (`alive`)."""
         began = time.monotonic()

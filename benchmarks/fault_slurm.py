@@ -68,6 +68,16 @@ class SlurmRun(Run):
         cluster.wait(running, f"job {job} runs again", 300)
         self._restart = cluster.restarts(job)
 
+    def come_back(self) -> None:
+        """As often as the job starts again by itself, and three times at most: a busy host kills attempts, too."""
+        for left in (2, 1, 0):
+            try:
+                super().come_back()
+                return
+            except Stuck:
+                if not left or not self.ended or self.cluster.over(self.job):
+                    raise
+
     @property
     def ended(self) -> bool:
         """Whether the present attempt is over: the job waits to be started again, or is over itself."""

@@ -62,8 +62,7 @@ class Chain:
         if not done.restarts:
             seconds, beyond, lost = None, run.attempt.step, 0
         else:
-            run.start()
-            run.wait(lambda: run.attempt.training, "the first step after the restart")
+            run.come_back()
             seconds = time.monotonic() - done.began
             beyond = run.attempt.resumed_from or 0
             lost = max(attempt.step for attempt in run.attempts[first:-1]) - beyond
@@ -81,6 +80,7 @@ class Chain:
             "from_step": beyond,
             "lost_steps": lost,
             "seconds_until_training": seconds,
+            "starts": len(run.attempts) - 1 - first,
             "compared_step": self._compared,
             "bits_equal": not different,
             "differences": different[:10],
