@@ -5,12 +5,13 @@ killed or stopped as it says; under `accelerate launch`, `... lives.py --one ORD
 
 An order: "run" (folder), "settings", "kill" with "at" (below), "rank" (the one that is killed) and "written" (not
 before the checkpoint of that step is), "broken" (steps that are not finite) with "broken_rank", "data" ("unreadable" or
-"late") with "data_rank" and "data_at", "record" (note what was read), "damage" (flip a bit of the newest checkpoint
-instead of running).
+"late") with "data_rank" and "data_at", "full" (steps whose checkpoint finds no room, once), "record" (note what was
+read), "damage" (flip a bit of the newest checkpoint instead of running).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -49,6 +50,8 @@ def arrange(order: dict[str, Any]) -> None:
         spoil_data(order["data"], order["data_at"])
     if order.get("record"):
         record_what_is_read(Path(order["run"]))
+    if rank == 0 and "full" in order:
+        fill_disk(order["full"])
     kill, at = order.get("kill"), order.get("at", 0)
     if kill is None or rank != order.get("rank", rank):
         return
@@ -105,6 +108,20 @@ def spoil_data(how: str, at: int) -> None:
             yield next(batches)
 
     Session.micro_batches = spoiled  # type: ignore[method-assign]
+
+
+def fill_disk(steps: list[int]) -> None:
+    """The first write of the checkpoints of these steps finds no room on the disk."""
+    sync, left = checkpoint._sync, list(steps)
+
+    def full(descriptor: int) -> None:
+        step = int(Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent.name.rsplit("-", 1)[-1])
+        if step in left:
+            left.remove(step)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    checkpoint._sync = full
 
 
 def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:

@@ -92,6 +92,9 @@ ORDERS = [
     {"run": "damaged", "kill": "step", "at": 5},
     {"run": "damaged", "damage": True},
     {"run": "damaged"},
+    {"run": "full", "full": [3, 4], "kill": "SIGTERM", "at": 3},
+    {"run": "full", "full": [7]},
+    {"run": "full"},
     {"run": "longer", "settings": ["stages=[{steps: 3, lr: 1e-3, crop: 64}]"]},
     {"run": "longer"},
     {"run": "longer"},
@@ -185,6 +188,20 @@ def test_two_runs_in_one_folder_are_refused(config_path: Path, tmp_path: Path, m
     leave.set()
     holder.join(60)
     run_folder.RunFolder(tmp_path).open(config)
+
+
+def test_a_disk_that_is_full_for_a_while(outcomes: Outcomes) -> None:
+    """Step 3, the best so far, step 4, where the run is stopped just then, and step 7, its end."""
+    statuses, said = outcomes.of("full")
+    assert statuses == [0, 2, 0], said
+    assert f"step 3 could not be written to {outcomes.folder}/full: No space left on device; the run goes on" in said[0]
+    assert said[0].count("step 4 could not be written") == 1 and "stopped at step 4" in said[0]
+    assert said[0].count("checkpoints/step-00000004") == 1  # the second try
+    (line,) = [line for line in said[1].splitlines() if line.startswith("error: ")]
+    assert "step 7 could not be written" in line and line.endswith(
+        "No space left on device; older checkpoints are intact"
+    )
+    assert_same_end(outcomes.folder / "full", outcomes.folder / "reference")
 
 
 @pytest.mark.slow
@@ -315,6 +332,19 @@ def test_one_process_and_then_two(config_path: Path, tmp_path: Path) -> None:  #
 @pytest.mark.slow
 def test_two_processes_then_four_then_one(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     assert_elastic([2, 4, 1], tmp_path, config_path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_the_same_to_both_ranks(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """They agree on when to save, whatever became of it on the first rank, and on the end."""
+    status, said = launch_two(tmp_path, config_path, {"run": "r", "full": [3, 4, 7]})
+    assert status != 0
+    assert said.count("the run goes on") == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "step 7 could not be written" in line
+    assert checkpoint.steps_on_disk(tmp_path / "r") == [6, 2]
+    status, said = launch_two(tmp_path, config_path, {"run": "r"})
+    assert status == 0 and checkpoint.find_checkpoint(tmp_path / "r").name == "step-00000007", said
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ CONFIG = """\
 ClusterName=lalic-test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -37,7 +38,11 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-KillWait=20
+KillWait=30
+MessageTimeout=60
+TCPTimeout=30
+BatchStartTimeout=120
+UnkillableStepTimeout=600
 MinJobAge=3600
 ReturnToService=2
 SlurmdParameters=config_overrides
@@ -77,7 +82,14 @@ class Cluster:
         key.chmod(0o400)
         self.folder.chmod(0o755)
         # Every node has room for two jobs at once, however few processors the host has.
-        config = CONFIG.format(host=socket.gethostname(), folder=self.folder, ports=_free_ports(3), nodes=NODES, cpus=2)
+        config = CONFIG.format(
+            host=socket.gethostname(),
+            folder=self.folder,
+            ports=_free_ports(3),
+            nodes=NODES,
+            cpus=2,
+            first_job=secrets.randbelow(1_000_000) + 1,  # not the numbers of another cluster on this host
+        )
         (self.folder / "slurm.conf").write_text(config)
         munge = [f"--key-file={key}", f"--socket={self.folder}/munge.socket", f"--pid-file={self.folder}/munge.pid"]
         munge += [f"--log-file={self.folder}/munged.log", f"--seed-file={self.folder}/munge.seed"]
@@ -212,7 +224,7 @@ class Cluster:
     def run(self, *command: str, **environment: str) -> str:
         """Output of a SLURM command that must succeed."""
         done = subprocess.run(
-            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=120
+            command, env={**self.environment, **environment}, capture_output=True, text=True, timeout=300
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")

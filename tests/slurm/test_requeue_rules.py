@@ -65,6 +65,17 @@ def test_the_same_failure_without_progress_ends_the_job(cluster: Cluster, checko
     assert "failed 3 times without a new checkpoint, the newest is step 0" in checkout.output("broken")
 
 
+def test_done_of_an_earlier_submission_is_no_end(cluster: Cluster, checkout: Checkout):
+    """A run is submitted again with more steps, and is requeued before it could take the old mark away."""
+    run = checkout.run("longer")
+    run.folder.mkdir(parents=True)
+    (run.folder / "DONE").write_text("{}")
+    job = checkout.train("longer", checkout.config("longer", 5), LALIC_MAX_FAILURES="2", **BROKEN)
+    cluster.start_again(job, 1)
+    assert checkout.wait_over(job, "the second failure") == "FAILED"
+    assert run.ends() == ["failed"] * 2
+
+
 def test_tasks_of_an_array_are_requeued_one_by_one(cluster: Cluster, checkout: Checkout):
     """The last task has the number of the whole array: a requeue of that number would take all tasks along."""
     arguments = ["--array=1-2", "--output=array-%a.txt", "launch/train.slurm", checkout.config("array", 5)]
