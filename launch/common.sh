@@ -15,7 +15,8 @@ nodes=$SLURM_JOB_NUM_NODES
 # Inside a container there is no environment of the checkout.
 python=${LALIC_PYTHON:-}
 if [ -z "$python" ]; then
-  if [ -z "${LALIC_CONTAINER:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; else python=python3; fi
+  python=python3
+  if [ -z "${LALIC_CONTAINER:-}" ] && [ -x "$root/.venv/bin/python" ]; then python=$root/.venv/bin/python; fi
 fi
 read -r -a srun_options <<< "${LALIC_SRUN:-}"
 export LALIC_FOLDER=$PWD
@@ -33,9 +34,10 @@ without_passwords() { sed -E 's#://[^/@[:space:]]*@#://#g'; }
 
 # start_step OUTPUT COMMAND...: COMMAND once on every node, in the background; its process is $step.
 start_step() {
-  # The task of a node has all CPUs that the job has there: the launcher's ranks and their loaders share them. A number of
-  # CPUs per task, however many tasks the job was asked to have, would leave it that many alone.
-  env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
+  # The task of a node has all CPUs that the job has there: the launcher's ranks and their loaders share them. With the
+  # job's number of CPUs per task it would have that many alone.
+  env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK \
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 \
     --output="$1" --open-mode=append "${srun_options[@]}" bash "$root/launch/node.sh" "${@:2}" &
   step=$!
 }
