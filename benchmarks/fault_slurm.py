@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -61,12 +62,19 @@ class SlurmRun(Run):
         time.sleep(3)  # in the second of the kill, slurmd takes the new start for the job that it has just killed
 
         def running() -> bool:
-            if cluster.state(job) == "PENDING":  # after the loss of a node it may run already
+            # After the loss of a node it may run already. Else nothing may be on its way to the nodes any more: a
+            # signal to the step before, which a busy node did not take, is sent again, and means the new step.
+            if cluster.state(job) == "PENDING" and not self._messages_left():
                 cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             return cluster.state(job) == "RUNNING"
 
         cluster.wait(running, f"job {job} runs again", 300)
         self._restart = cluster.restarts(job)
+
+    def _messages_left(self) -> bool:
+        """Whether the controller has messages for nodes that it has not got through to them."""
+        said = self.cluster.run("sdiag")
+        return any(int(n) for n in re.findall(r"^Agent (?:queue size|count):\s+(\d+)", said, re.MULTILINE))
 
     def come_back(self) -> None:
         """As often as the job starts again by itself, and three times at most: a busy host kills attempts, too."""
