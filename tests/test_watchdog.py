@@ -48,7 +48,17 @@ SCENES: dict[str, dict[str, Any]] = {
 def hang() -> None:
     """Where a rank stands that never goes on; its name is looked for in the stack."""
     while True:
-        time.sleep(60)
+        time.sleep(0.1)
+
+
+def hang_for_ever(run: Path, written: int) -> None:
+    """As `hang`, once the last checkpoint of the training is on the disk; till then no time counts."""
+    from lalic.training import watchdog
+
+    while ("checkpoint", written) not in {(e["kind"], e["step"]) for e in events.read_events(run)}:
+        time.sleep(0.1)
+        watchdog.moved()
+    hang()
 
 
 def play(scene: dict[str, Any], rank: int, dog: Any, step: int) -> None:
@@ -118,7 +128,7 @@ def train_and_hang(scene: dict[str, Any], rank: int, run: Path) -> int:
 
         def blocked(*arguments: Any) -> Any:
             if next(count) == scene["at"]:
-                hang()
+                hang_for_ever(run, scene["at"])
             return fetch(*arguments)
 
         train.fetch = blocked
