@@ -209,11 +209,11 @@ def test_killed_at_random_and_resumed(config_path: Path, tmp_path: Path) -> None
     """Before any step, copy, sync, rename, deletion, image or log line; some of these lives get nowhere."""
     settings = ["log.every=2", "checkpoint.keep=1", "checkpoint.keep_every=4"]
     draw = random.Random(7)
-    lives = [{"run": "killed", "kill": "event", "at": draw.randint(1, 90), "settings": settings} for _ in range(14)]
+    lives = [{"run": "killed", "kill": "event", "at": draw.randint(1, 40), "settings": settings} for _ in range(14)]
     orders = [{"run": "reference", "settings": settings}, *lives, {"run": "killed", "settings": settings}]
     statuses, said = in_turn(tmp_path, config_path, orders)
     assert statuses[0] == statuses[-1] == 0, said
-    assert set(statuses[1:-1]) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= 5, statuses
+    assert set(statuses[1:-1]) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= 3, statuses
     assert_same_end(tmp_path / "killed", tmp_path / "reference")
     assert sorted(checkpoint.steps_on_disk(tmp_path / "killed")) == sorted(
         checkpoint.steps_on_disk(tmp_path / "reference")
@@ -225,7 +225,7 @@ def test_killed_at_many_points_and_resumed_on_two_processes(config_path: Path, t
     """As on one process; the rank that is killed takes the other one with it."""
     status, said = launch_two(tmp_path, config_path, {"run": "reference"})
     assert status == 0, said
-    for rank, kill in zip((0, 1, 1, 0, 0, 0), KILLS.values(), strict=True):
+    for rank, kill in zip((0, 1, 0, 0, 0, 0), KILLS.values(), strict=True):
         status, said = launch_two(tmp_path, config_path, {"run": "killed", "rank": rank, **kill})
         assert status != 0 and "SIGKILL" in said, said
         assert not (tmp_path / "killed" / "DONE").exists()
