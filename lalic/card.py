@@ -33,7 +33,7 @@ Bi-RWKV blocks, trained for {metric_name} with lambda = {lmbda:g}{quality}.
 | parameters | {parameters:.2f} M |
 | loss | {loss} |
 | trained for | {training} |
-| precision of the weights | float32 |
+| weights | {kind}float32 |
 | fingerprint | `{fingerprint}` |
 
 {recipe}## Use it
@@ -127,6 +127,9 @@ def model_card(
         parameters=parameters,
         loss="lambda * 255^2 * MSE + bpp" if metric == "mse" else "lambda * (1 - MS-SSIM) + bpp",
         training=steps,
+        kind={"ema": "exponential moving average over the training, ", "raw": "those of the last step, "}.get(
+            config.get("weights") or "", ""
+        ),
         fingerprint=config["fingerprint"],
         recipe=f"## Training\n\n{told}\n" if told else "",
         numbers=_numbers(metrics),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -15,8 +16,16 @@ class LalicError(Exception):
 
 
 def fail(message: object) -> NoReturn:
-    """Print `error: message` as one line on stderr and exit with status 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Print `error: message` as one line on stderr and exit with status 2.
+
+    The line is also added to the file that LALIC_ERROR_FILE names: launchers keep the status to themselves, and a job
+    script wants to know whether the program found something to complain of or crashed.
+    """
+    line = f"error: {' '.join(str(message).split())}"
+    print(line, file=sys.stderr, flush=True)
+    if path := os.environ.get("LALIC_ERROR_FILE"):
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(line + "\n")
     raise SystemExit(2)
 
 

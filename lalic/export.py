@@ -1,45 +1,130 @@
-"""Turn a checkpoint into a release bundle (see lalic.release).
+"""Turn checkpoints into release bundles (see lalic.release).
 
-    python -m lalic.export --run RUN --output release/ [--step N | --best]
+    python -m lalic.export --run RUN [RUN ...] --output release/ [--step N | --best] [--weights ema|raw]
+    python -m lalic.export --sweep runs/lalic --output release/
     python -m lalic.export --checkpoint lalic-mse-q3.pth --output release/
 
-The second form bundles weights that come from elsewhere, such as published ones. Metric and lambda are taken
-from the checkpoint or from a file name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and
-`--quality` or `--lambda`.
+The second form takes the runs of a ladder, runs/lalic-q1 ... runs/lalic-q6, that have a checkpoint. The third bundles
+weights that come from elsewhere, such as published ones. Metric and lambda are taken from the checkpoint or from a file
+name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and `--quality` or `--lambda`.
+
+Of a run that was trained with `train.ema`, the averaged weights are taken, which are those that were validated;
+`--weights raw` takes those of the last step.
+
+As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run that cannot
+be exported is told at the end, with a non-zero status, and keeps none of the others back.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lalic.errors import LalicError, run_main
-from lalic.ladder import LADDERS, lambda_of
+from lalic.ladder import LADDERS, lambda_of, release_name
 from lalic.release import Weights, open_checkpoint, open_weights, write_bundle
+from lalic.release_folder import check_sums, kept_sums
 
 log = logging.getLogger("lalic.export")
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Write the release bundle and print its folder."""
+    """Write the release bundles and print their folders."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    if args.run is not None:
-        if not args.run.is_dir():
-            raise LalicError(f"no such run folder: {args.run}")
-        weights = open_checkpoint(args.run, best_step(args.run) if args.best else args.step)
-    elif args.step is not None or args.best:
-        raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
-    else:
-        weights = open_weights(args.checkpoint)
+    check_sums(args.output)
+    if args.checkpoint is not None:
+        if args.step is not None or args.best:
+            raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
+        _export(open_weights(args.checkpoint, args.weights), args)
+        return 0
+    runs = args.run or runs_of_sweep(args.sweep)
+    if len(runs) == 1:
+        _export(open_checkpoint(*_chosen(runs[0], args), args.weights), args)
+        return 0
+    return _export_all(runs, args)
+
+
+def runs_of_sweep(prefix: Path) -> list[Path]:
+    """The run folders PREFIX-q1 ... PREFIX-q6 that have a checkpoint; LalicError when none has."""
+    from lalic.training.checkpoint import steps_on_disk
+    from lalic.training.run_folder import DONE
+
+    runs = [prefix.with_name(f"{prefix.name}-q{quality}") for quality in range(1, 7)]
+    found = [run for run in runs if steps_on_disk(run)]
+    if not found:
+        raise LalicError(f"there is no {runs[0]} ... {runs[-1].name} with a checkpoint: --sweep takes runs/NAME")
+    for run in runs:
+        if run not in found:
+            log.warning("%s has no checkpoint and is left out", run)
+        elif not (run / DONE).exists():
+            log.warning("%s is not finished", run)
+    return found
+
+
+def _chosen(run: Path, args: argparse.Namespace) -> tuple[Path, int | None]:
+    """A run and the step of it that is asked for; None: its newest complete checkpoint."""
+    if not run.is_dir():
+        raise LalicError(f"no such run folder: {run}")
+    return run, best_step(run) if args.best else args.step
+
+
+def _export(weights: Weights, args: argparse.Namespace) -> None:
     weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
-    log.info("weights of %s", weights.source)
-    folder = write_bundle(weights, args.output, force=args.force, recipe=training_facts(Path(weights.source)))
-    print(folder)
-    return 0
+    log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
+    recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema")
+    with kept_sums(args.output, release_name(weights.loss["metric"], weights.loss["lambda"])):
+        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe)
+    print(folder, flush=True)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint folder that is to be exported, and the name of its bundle."""
+
+    run: Path
+    checkpoint: Path
+    name: str
+
+
+def _export_all(runs: Sequence[Path], args: argparse.Namespace) -> int:
+    """Export several runs; returns 1 when one of them failed. Nothing is written when two are the same rung."""
+    if args.quality is not None or args.lmbda is not None:
+        raise LalicError("--quality and --lambda are for one run: each of several says itself what it was trained for")
+    sources: list[_Source] = []
+    failures: dict[Path, Exception] = {}
+    for run in runs:
+        try:
+            sources.append(_source(run, args))
+        except (LalicError, OSError) as error:
+            failures[run] = error
+    for i, source in enumerate(sources):
+        twin = next((s for s in sources[:i] if s.name == source.name), None)
+        if twin:
+            raise LalicError(f"{twin.run} and {source.run} are both {source.name}: leave one of them out")
+    for source in sources:
+        try:
+            _export(open_checkpoint(source.checkpoint, None, args.weights), args)
+        except (LalicError, OSError) as error:
+            failures[source.run] = error
+    for run, failure in failures.items():
+        print(f"error: {run} is not exported: {' '.join(str(failure).split())}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _source(run: Path, args: argparse.Namespace) -> _Source:
+    from lalic.training.checkpoint import find_checkpoint, read_meta
+
+    folder = find_checkpoint(*_chosen(run, args))
+    loss = read_meta(folder).get("loss") or {}
+    if not isinstance(loss, dict) or "metric" not in loss or "lambda" not in loss:
+        raise LalicError(f"{folder} does not say what it was trained for: export it by itself with --quality")
+    return _Source(run, folder, release_name(loss["metric"], float(loss["lambda"])))
 
 
 def _loss(weights: Weights, metric: str | None, lmbda: float | None, quality: int | None) -> dict[str, Any]:
@@ -64,16 +149,24 @@ def _loss(weights: Weights, metric: str | None, lmbda: float | None, quality: in
 
 
 def best_step(run: Path) -> int:
-    """Step with the lowest validation loss so far; LalicError when the run was never validated."""
-    from lalic.training.checkpoint import find_checkpoint, read_meta
+    """Step with the lowest validation loss so far; LalicError when the run was never validated.
+
+    Where its checkpoint is damaged or could not be written, that of the best checkpoint which is there.
+    """
+    from lalic.training.checkpoint import best_on_disk, find_checkpoint, folder_of, problem, read_meta
 
     best = read_meta(find_checkpoint(run)).get("best")
     if not best:
         raise LalicError(f"{run} was never validated (data.val), so no checkpoint is the best: leave --best out")
+    if reason := problem(folder_of(run, best["step"]), contents=False):
+        there = best_on_disk(run)
+        if there is not None:
+            log.warning("the best step of %s is %d (%s): taking %d", run, best["step"], reason, there)
+            return there
     return int(best["step"])
 
 
-def training_facts(checkpoint: Path) -> dict[str, Any]:
+def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any]:
     """What a checkpoint folder says about its training, for the model card; {} for weights from elsewhere."""
     if not (checkpoint / "meta.json").exists():
         return {}
@@ -89,6 +182,8 @@ def training_facts(checkpoint: Path) -> dict[str, Any]:
     stages = [stage for stage in config.get("stages") or () if isinstance(stage, dict)]
     if stages:
         facts["stages"] = "; ".join(_stage(stage) for stage in stages)
+    if averaged:
+        facts["decay of the averaged weights"] = str(meta["ema"]["decay"])
     return facts
 
 
@@ -113,12 +208,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="lalic.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="run folder of lalic.train")
+    source.add_argument("--run", type=Path, nargs="+", metavar="RUN", help="run folders of lalic.train")
+    source.add_argument("--sweep", type=Path, metavar="RUNS/NAME", help="the ladder of `lalic sweep`, all its runs")
     source.add_argument("--checkpoint", type=Path, help="weights file, checkpoint folder or bundle")
     parser.add_argument("--output", type=Path, default=Path("release"), help="folder of bundles (%(default)s)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="checkpoint of this step (default: the newest complete one)")
     which.add_argument("--best", action="store_true", help="checkpoint with the lowest validation loss")
+    kinds = "averaged weights or those of the last step of a run with train.ema (default: averaged where there are any)"
+    parser.add_argument("--weights", choices=("ema", "raw"), help=kinds)
     parser.add_argument("--metric", choices=tuple(LADDERS), help="what the weights were trained for")
     multiplier = parser.add_mutually_exclusive_group()
     multiplier.add_argument("--quality", type=int, choices=range(1, 7), help="quality label, gives lambda")

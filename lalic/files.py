@@ -56,9 +56,14 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text)
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with a final newline."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` atomically as indented JSON with a final newline."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def sha256_of(path: str | Path) -> str:

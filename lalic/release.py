@@ -3,7 +3,7 @@
     release/lalic-mse-q3/
         lalic-mse-q3.pth     plain state dict in the published layout
         model.safetensors    the same tensors, the hyper transforms under their short names only
-        config.json          architecture, metric, lambda, quality label, step, fingerprint, versions
+        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions
         metrics.json         validation metrics of the checkpoint, {} when there are none
         README.md            model card
         SHA256SUMS           checksums of all the files above, for `sha256sum -c`
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -43,6 +43,9 @@ CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 
 
+Kind = Literal["ema", "raw"]
+
+
 @dataclass
 class Weights:
     """A model in evaluation mode and what is known about where it comes from."""
@@ -54,6 +57,8 @@ class Weights:
     loss: dict[str, Any] = field(default_factory=dict)
     """{"metric", "lambda"}; empty when the file does not say."""
     metrics: dict[str, Any] = field(default_factory=dict)
+    kind: Kind | None = None
+    """Averaged weights or those of the last step; None when the file does not say."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -61,24 +66,27 @@ class Weights:
         return fingerprint(self.model)
 
 
-def open_weights(path: str | Path) -> Weights:
+def open_weights(path: str | Path, kind: Kind | None = None) -> Weights:
     """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, or a training run.
 
-    Of a training run, the newest complete checkpoint is taken. Raises LalicError in one line.
+    Of a training run, the newest complete checkpoint is taken; of a checkpoint, the averaged weights where it has
+    any, or those of a `kind`. Raises LalicError in one line.
     """
     path = Path(path)
+    if kind is not None and not ((path / "meta.json").exists() or (path / "checkpoints").is_dir()):
+        raise LalicError(f"{path} is no training run and no checkpoint folder: it holds one kind of weights only")
     if not path.is_dir():
         return Weights(load_weights(path), stem_of(path), str(path), loss=_loss_from_name(stem_of(path)))
     if (path / CONFIG).exists() and (path / SAFETENSORS).exists() and not (path / "meta.json").exists():
         return _open_bundle(path)
     if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
-        return open_checkpoint(path)
+        return open_checkpoint(path, kind=kind)
     raise LalicError(f"{path} is neither a release bundle nor a training run nor a checkpoint folder")
 
 
-def open_checkpoint(path: Path, step: int | None = None) -> Weights:
+def open_checkpoint(path: Path, step: int | None = None, kind: Kind | None = None) -> Weights:
     """Open a training run (its newest complete checkpoint, or that of `step`) or one checkpoint's folder."""
-    from lalic.training.checkpoint import find_checkpoint, load_model, problem, read_meta
+    from lalic.training.checkpoint import find_checkpoint, has_average, load_model, problem, read_meta
 
     if (path / "meta.json").exists():
         folder = path
@@ -88,16 +96,19 @@ def open_checkpoint(path: Path, step: int | None = None) -> Weights:
         folder = find_checkpoint(path, step)
     meta = read_meta(folder)
     name = f"{folder.parent.parent.resolve().name}-{folder.name}"
-    model = load_model(folder).eval()
+    kind = kind or ("ema" if has_average(folder) else "raw")
+    model = load_model(folder, kind).eval()
     loss, metrics = dict(meta.get("loss") or {}), dict(meta.get("metrics") or {})
-    return Weights(model, name, str(folder), meta.get("step"), loss, metrics)
+    if metrics.get("weights", kind) != kind:
+        metrics = {}  # measured on the other weights
+    return Weights(model, name, str(folder), meta.get("step"), loss, metrics, kind)
 
 
 def _open_bundle(folder: Path) -> Weights:
     config = verify_bundle(folder, only=(CONFIG, SAFETENSORS))
     model = load_weights(folder)
     name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
-    weights = Weights(model, name, str(folder), config.get("step"), loss)
+    weights = Weights(model, name, str(folder), config.get("step"), loss, kind=config.get("weights"))
     if weights.fingerprint != config["fingerprint"]:
         raise LalicError(f"{folder}: the weights are not those that its {CONFIG} names; get the bundle again")
     return weights
@@ -141,6 +152,7 @@ def _fill(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any]) 
         "loss": {"metric": metric, "lambda": lmbda},
         "quality": quality_of(metric, lmbda),
         "step": weights.step,
+        "weights": weights.kind,
         "fingerprint": weights.fingerprint,
         "versions": versions("lalic", "torch", "compressai"),
     }
@@ -190,7 +202,7 @@ def verify_bundle(folder: str | Path, only: Sequence[str] | None = None) -> dict
     that is missing, damaged or not listed.
     """
     folder = Path(folder)
-    sums = _read_sums(folder)
+    sums = read_sums(folder)
     wanted = [*sums] if only is None else [*only]
     unlisted = [n for n in (CONFIG, SAFETENSORS, *(only or ())) if n not in sums]
     if only is None:
@@ -219,7 +231,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_sums(folder: Path) -> dict[str, str]:
+def read_sums(folder: Path) -> dict[str, str]:
+    """The sums that a bundle was written with, by file name; LalicError when it has none that can be read."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

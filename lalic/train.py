@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from lalic.config import RunConfig, read_config
 from lalic.errors import LalicError, run_main
+from lalic.training import events
+from lalic.training.standing import DATA, STEP
 
 if TYPE_CHECKING:
     from lalic.training.stop import StopRequest
+    from lalic.training.watchdog import Watchdog
 
 logger = logging.getLogger("lalic.train")
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig, watchdog: Watchdog) -> None:
     """Run a training to its end, or to the step at which it is asked to stop."""
     # Imported here, because `--help` and a wrong config need not wait for torch.
     from lalic.training.agreement import Agreement
@@ -33,23 +36,26 @@ def train(config: RunConfig) -> None:
     from lalic.training.session import Session
     from lalic.training.stop import StopRequest
 
-    accelerator = start_processes(config.train)
+    accelerator = start_processes(config.train, watchdog.collective_timeout)
+    watchdog.connect()
     folder = RunFolder(config.folder)
     resume_from, finished = on_first_rank(accelerator, lambda: folder.open(config))
     if finished:
         logger.info("the run in %s is finished: nothing to do", config.folder)
         return
+    events.begin(config.folder, rank=accelerator.process_index, world_size=accelerator.num_processes)
     session = Session(accelerator, config, resume_from)
     on_first_rank(accelerator, lambda: folder.record(config))
-    agreement = Agreement(accelerator)
+    agreement = Agreement(accelerator, watchdog.collective_timeout)
     stop = StopRequest(folder.stop_file, spread=accelerator.num_processes > 1)
-    with stop, closing(session.tracker) as tracker:
+    with stop, session, closing(session.tracker) as tracker:
         if session.validation_due() and not agreement.leave(stop.reason):
             session.validate(folder)
         while not session.done:
             session.recover(folder)
             stage, batches = session.stage, session.micro_batches()
             while session.step < stage.end and not session.halted:
+                watchdog.enter(DATA, session.step)
                 started = time.perf_counter()
                 micro_batches, failure = fetch(batches, config.train.accumulation, stop)
                 if leaving := agreement.leave(stop.reason, failure):
@@ -57,8 +63,11 @@ def train(config: RunConfig) -> None:
                     if leaving.failure:
                         raise SharedError(leaving.failure)
                     logger.info("stopped at step %d: %s", session.step, leaving.reason)
+                    if accelerator.is_main_process:
+                        events.record("stopped", session.step, reason=leaving.reason)
                     return
                 waited = time.perf_counter() - started
+                watchdog.enter(STEP, session.step)
                 result = session.stepper(micro_batches, step=session.step, lr=stage.lr)
                 session.step += 1
                 session.note_skipped()
@@ -69,13 +78,15 @@ def train(config: RunConfig) -> None:
                 if session.halted:
                     break
                 if log_due:
-                    tracker.write(session.step, stage, session.stepper.compiled_graphs)
+                    tracker.write(session.step, stage, **session.counts())
                 # A stop does not wait for a validation: the resumed run makes up for it.
                 if session.validation_due() and not agreement.leave(stop.reason):
                     session.validate(folder)
                 if session.save_due():
                     session.save(folder, must=session.done)
     on_first_rank(accelerator, lambda: folder.finish(session.step))
+    if accelerator.is_main_process:
+        events.record("finished", session.step)
     logger.info("finished after %d steps", session.step)
 
 
@@ -134,22 +145,39 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
     from lalic.data.loader import worker_failure
     from lalic.training.distributed import SharedError
     from lalic.training.stop import stop_with_launcher
+    from lalic.training.watchdog import Watchdog
 
     stop_with_launcher()
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    watchdog = Watchdog(config.health.stall_timeout, rank=int(os.environ.get("RANK", 0)), world_size=ranks)
     try:
-        train(config)
-    except SharedError:
-        if first:
-            raise
-        return leave_after_first()
-    except RuntimeError as error:
+        with watchdog:
+            train(config, watchdog)
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    except SharedError as error:
+        if not first:
+            return leave_after_first()
+        _record_failure(error, watchdog.step)
+        raise
+    except KeyboardInterrupt:
+        events.record("stopped", watchdog.step, reason="interrupted, without a checkpoint")
+        raise
+    except Exception as error:
         # torch raises this one from a signal handler, wherever the program happens to be.
-        if failure := worker_failure(error):
+        failure = worker_failure(error)
+        _record_failure(failure or error, watchdog.step)
+        if failure:
             raise failure from error
         raise
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finally:
+        events.end()
     return 0
+
+
+def _record_failure(error: Exception, step: int) -> None:
+    kind = "" if isinstance(error, LalicError) else f"{type(error).__name__}: "
+    events.record_failure(step, error=(kind + " ".join(str(error).split()))[:500])
 
 
 if __name__ == "__main__":

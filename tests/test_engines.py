@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from engines import ROOT, launch
-from test_resume import assert_identical, assert_same_end, environment, in_turn, launch_two
+from lives import environment, in_turn
+from test_resume import assert_identical, assert_same_end, launch_two
 from test_train import config_path, records  # noqa: F401 -- a fixture
 
 from lalic.training import checkpoint

@@ -44,3 +44,17 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(RuntimeError, match="nobody foresaw"):
         run_main(main)
+
+
+def test_the_message_is_left_for_a_job_script(tmp_path, monkeypatch, capsys) -> None:
+    """Launchers hide the status of their ranks: launch/train.slurm looks into the file."""
+    path = tmp_path / "error.txt"
+    monkeypatch.setenv("LALIC_ERROR_FILE", str(path))
+    ending(capsys, LalicError("no shards here:\nmake some"))
+    ending(capsys, LalicError("rank 1 finds none either"))
+    assert path.read_text() == "error: no shards here: make some\nerror: rank 1 finds none either\n"
+
+
+def test_no_message_is_left_where_that_cannot_be(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LALIC_ERROR_FILE", str(tmp_path / "absent" / "error.txt"))
+    assert ending(capsys, LalicError("no shards")) == (2, "error: no shards\n")

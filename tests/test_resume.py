@@ -1,14 +1,8 @@
-"""Runs that are killed, stopped and damaged, on one process and on two: the end is the same, bit for bit.
-
-This file is also the program that the tests start. `python tests/test_resume.py ORDERS.json` forks one run per
-order, each killed or stopped as it says; under `accelerate launch`, `... test_resume.py --one ORDER.json` is one
-rank of one run.
-"""
+"""Runs that are killed, stopped and damaged, on one process and on several: the end is the same, bit for bit."""
 
 from __future__ import annotations
 
-import json
-import os
+import random
 import re
 import signal
 import subprocess
@@ -19,206 +13,55 @@ from typing import Any
 
 import pytest
 import torch
+from lives import ROOT, environment, in_turn, launch, what_was_read
 from test_train import config_path, records  # noqa: F401 -- a fixture
 
 from lalic.training import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-
 KILLS = {
+    "in the step after, while a checkpoint is written": {"kill": "behind", "at": 2},
     "during a step": {"kill": "step", "at": 3},
+    "during validation": {"kill": "validation", "at": 1},
     "while a checkpoint is written": {"kill": "writing", "at": 6},
-    "right after the rename": {"kill": "renamed", "at": 6},
+    "while an old one is deleted": {"kill": "pruning"},
+    "right after the last rename": {"kill": "renamed", "at": 7},
 }
 
 
-def break_steps(broken: list[int]) -> None:
-    """The loss of these steps, counted from 0, is not finite on this rank."""
-    from lalic.training.step import TrainStep
-
-    backward = TrainStep._backward
-
-    def breaks(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
-        terms = backward(self, pixels, step, *more)
-        return {**terms, "loss": terms["loss"] * float("nan")} if step in broken else terms
-
-    TrainStep._backward = breaks  # type: ignore[method-assign]
-
-
-def spoil_data(how: str, at: int) -> None:
-    """The batch of step `at` cannot be read on this rank, or does not come."""
-    from lalic.errors import LalicError
-    from lalic.training.session import Session
-
-    micro_batches = Session.micro_batches
-
-    def spoiled(self: Session) -> Any:
-        batches = micro_batches(self)
-        while True:
-            if self.step == at and how == "unreadable":
-                raise LalicError("the shard is gone")
-            if self.step == at:
-                print("waits for its data", file=sys.stderr, flush=True)
-                time.sleep(400)
-            yield next(batches)
-
-    Session.micro_batches = spoiled  # type: ignore[method-assign]
-
-
-def arrange(order: dict[str, Any]) -> None:
-    """Make this process meet its end where the order says. `at` counts from 0 for steps ("once": the first), as
-    saved for saves."""
-    from lalic.training.step import TrainStep
-
-    rank = int(os.environ.get("RANK", "0"))
-    if rank == order.get("broken_rank", rank):
-        break_steps(order.get("broken", []))
-    if rank == order.get("data_rank", 0) and "data" in order:
-        spoil_data(order["data"], order["data_at"])
-    kill, at = order.get("kill"), order.get("at")
-    if str(order.get("rank", os.environ.get("RANK", "0"))) != os.environ.get("RANK", "0"):
-        return
-
-    def end() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if kill == "drift":
-        update = TrainStep._auxiliary_step
-
-        def drifted(self: TrainStep) -> Any:
-            with torch.no_grad():
-                self.bare.quantiles()[0].view(-1)[0].nextafter_(torch.tensor(9.0))
-            return update(self)
-
-        TrainStep._auxiliary_step = drifted  # type: ignore[method-assign]
-    elif kill in ("step", "SIGTERM", "SIGUSR1", "SIGINT", "STOP"):
-        backward = TrainStep._backward
-
-        def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
-            values = backward(self, pixels, step, *more)
-            if at not in (step, "once"):
-                pass
-            elif kill == "step":
-                end()
-            elif kill == "STOP":
-                Path(order["run"], "STOP").touch()
-            else:
-                os.kill(os.getpid(), getattr(signal, kill))
-            return values
-
-        TrainStep._backward = stopped  # type: ignore[method-assign]
-    elif kill == "writing":
-        sync = checkpoint._sync
-
-        def cut(descriptor: int) -> None:
-            sync(descriptor)
-            if f"step-{at:08d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
-                end()
-
-        checkpoint._sync = cut
-    elif kill == "renamed":
-        move = checkpoint._move_into_place
-
-        def moved(temporary: Path, final: Path) -> None:
-            move(temporary, final)
-            if final.name == f"step-{at:08d}":
-                end()
-
-        checkpoint._move_into_place = moved
-
-
-def obey(order: dict[str, Any]) -> int:
-    """One run in this process; returns its exit status."""
-    from lalic.errors import run_main
-    from lalic.train import main
-
-    arrange(order)
-    settings = [f"run.dir={order['run']}", *order.get("settings", [])]
-    try:
-        run_main(lambda: main(["--config", order["config"], *settings]))
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
-
-
-def obey_all(orders: list[dict[str, Any]]) -> list[int]:
-    """Every order in a process of its own; forked, so that the imports are paid for once."""
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    import tensorboard  # noqa: F401
-    import torch.utils.tensorboard  # noqa: F401
-
-    import lalic.training.session  # noqa: F401
-
-    statuses = []
-    for order in orders:
-        print(f"# {order['name']}", file=sys.stderr, flush=True)
-        if order.get("damage"):
-            statuses.append(damage_newest(Path(order["run"])))
-            continue
-        child = os.fork()
-        if child == 0:
-            os._exit(obey(order))
-        statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    return statuses
-
-
-def damage_newest(run: Path) -> int:
-    """Flip one bit in the model of the newest checkpoint; returns its step."""
-    step = checkpoint.steps_on_disk(run)[0]
-    file = checkpoint.folder_of(run, step) / "model.pt"
-    damaged = bytearray(file.read_bytes())
-    damaged[len(damaged) // 2] ^= 0x10
-    file.write_bytes(damaged)
-    return step
-
-
-def in_turn(folder: Path, config: Path, orders: list[dict[str, Any]]) -> tuple[list[int], list[str]]:
-    """Runs one after the other: exit status (negative: killed by that signal) and messages of each."""
-    full = [
-        {"config": str(config), "name": i, **order, "run": str(folder / order["run"])} for i, order in enumerate(orders)
-    ]
-    file = folder / "orders.json"
-    file.write_text(json.dumps(full))
-    done = subprocess.run(
-        [sys.executable, __file__, str(file)], capture_output=True, text=True, timeout=500, env=environment()
-    )
-    assert done.returncode == 0, done.stderr
-    said = re.split(r"^# \d+\n", done.stderr, flags=re.MULTILINE)[1:]
-    return json.loads(done.stdout.splitlines()[-1]), said
-
-
 def launch_two(folder: Path, config: Path, order: dict[str, Any], yaml: str = "cpu2") -> tuple[int, str]:
-    """One order on two processes, started by accelerate as people start it."""
-    order = {"config": str(config), **order, "run": str(folder / order["run"])}
-    file = folder / "order.json"
-    file.write_text(json.dumps(order))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml"), "--num_processes", "2"]
-    done = subprocess.run(
-        [*launcher, __file__, "--one", str(file)], capture_output=True, text=True, timeout=500, env=environment()
-    )
-    return done.returncode, done.stderr + done.stdout
-
-
-def environment() -> dict[str, str]:
-    keep = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    paths = [str(ROOT), str(Path(__file__).parent), keep.get("PYTHONPATH", "")]
-    return {**keep, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    return launch(2, folder, config, order, yaml)
 
 
 def assert_same_end(run: Path, reference: Path) -> None:
-    """Weights, both optimisers, random numbers, best so far, and every step's loss."""
+    """Weights, their average, both optimisers, random numbers, best so far, and every line of both logs."""
     ours, theirs = checkpoint.find_checkpoint(run), checkpoint.find_checkpoint(reference)
     assert ours.name == theirs.name == "step-00000007"
-    for name in ("model.pt", "optimizer.pt", "rng.pt"):
+    for name in ("model.pt", "ema.pt", "optimizer.pt", "rng.pt"):
         a, b = (torch.load(path / name, weights_only=True) for path in (ours, theirs))
         assert_identical(a, b, name)
     a, b = checkpoint.read_meta(ours), checkpoint.read_meta(theirs)
     # The code's version changes when somebody commits while the tests run.
     assert {**a, "versions": None} == {**b, "versions": None}
-    for kind, names in (("train", ("loss", "gradient_norm", "aux")), ("validation", ("loss", "bpp"))):
+    for kind, names in (("train", TRAIN), ("validation", VALIDATION)):
         histories = [[(r["step"], *(r[n] for n in names)) for r in records(r, kind)] for r in (run, reference)]
         assert histories[0] == histories[1]
+    assert board(run) == board(reference)
     assert (run / "DONE").exists()
+
+
+TRAIN = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "aux", "gradient_norm", "lr", "bad_samples", "skipped_steps")
+VALIDATION = ("loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr")
+
+
+def board(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run, without what depends on the clock: tag -> (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = [f"train/{n}" for n in TRAIN] + [f"validation/{n}" for n in VALIDATION]
+    shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    return shown | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
 
 def assert_identical(a: Any, b: Any, where: str) -> None:
@@ -236,16 +79,6 @@ def assert_identical(a: Any, b: Any, where: str) -> None:
         assert a == b, where
 
 
-def assert_tensorboard_steps_stand_once(run: Path) -> None:
-    """Steps that were done twice, because of a kill, are purged from the board."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = EventAccumulator(str(run / "tensorboard"))
-    board.Reload()
-    assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
-    assert [e.step for e in board.Scalars("validation/loss")] == [3, 6, 7]
-
-
 ORDERS = [
     {"run": "reference"},
     *({"run": "killed", **kill} for kill in KILLS.values()),
@@ -259,6 +92,9 @@ ORDERS = [
     {"run": "damaged", "kill": "step", "at": 5},
     {"run": "damaged", "damage": True},
     {"run": "damaged"},
+    {"run": "full", "full": [3, 4], "kill": "SIGTERM", "at": 3},
+    {"run": "full", "full": [7]},
+    {"run": "full"},
     {"run": "longer", "settings": ["stages=[{steps: 3, lr: 1e-3, crop: 64}]"]},
     {"run": "longer"},
     {"run": "longer"},
@@ -287,14 +123,15 @@ def outcomes(config_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Out
     return result
 
 
-def test_killed_at_three_points_and_resumed_on_one_process(outcomes: Outcomes) -> None:
-    """SIGKILL in a step, in a save and right after one; then to the end."""
+def test_killed_at_many_points_and_resumed_on_one_process(outcomes: Outcomes) -> None:
+    """SIGKILL in a step, in a validation, and in every phase of a save; then to the end."""
     statuses, said = outcomes.of("killed")
-    assert statuses == [-signal.SIGKILL, -signal.SIGKILL, -signal.SIGKILL, 0], said
+    assert statuses == [*[-signal.SIGKILL] * len(KILLS), 0], said
     run = outcomes.folder / "killed"
     assert_same_end(run, outcomes.folder / "reference")
     assert not list((run / "checkpoints").glob(".*"))
-    assert_tensorboard_steps_stand_once(run)
+    assert [step for step, _ in board(run)["train/loss"]] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in board(run)["validation/loss"]] == [3, 6, 7]
 
 
 def test_asked_to_stop_and_resumed(outcomes: Outcomes) -> None:
@@ -353,32 +190,42 @@ def test_two_runs_in_one_folder_are_refused(config_path: Path, tmp_path: Path, m
     run_folder.RunFolder(tmp_path).open(config)
 
 
-def test_two_processes_are_one_run(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
-    """Two ranks, and one rank with two accumulation steps: the same batches, the same noise, the same weights."""
-    status, said = launch_two(tmp_path, config_path, {"run": "two"})
-    assert status == 0, said
-    assert said.count("finished after 7 steps") == 1
-    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "two"))["world_size"] == 2
-    statuses, _ = in_turn(tmp_path, config_path, [{"run": "one", "settings": ["train.accumulation=2"]}])
-    assert statuses == [0]
-    for kind in ("train", "validation"):
-        two, one = (records(tmp_path / run, kind) for run in ("two", "one"))
-        assert [r["step"] for r in two] == [r["step"] for r in one]
-        assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-4)
-    a, b = (
-        torch.load(checkpoint.find_checkpoint(tmp_path / run) / "model.pt", weights_only=True) for run in ("two", "one")
+def test_a_disk_that_is_full_for_a_while(outcomes: Outcomes) -> None:
+    """Step 3, the best so far, step 4, where the run is stopped just then, and step 7, its end."""
+    statuses, said = outcomes.of("full")
+    assert statuses == [0, 2, 0], said
+    assert f"step 3 could not be written to {outcomes.folder}/full: No space left on device; the run goes on" in said[0]
+    assert said[0].count("step 4 could not be written") == 1 and "stopped at step 4" in said[0]
+    assert said[0].count("checkpoints/step-00000004") == 1  # the second try
+    (line,) = [line for line in said[1].splitlines() if line.startswith("error: ")]
+    assert "step 7 could not be written" in line and line.endswith(
+        "No space left on device; older checkpoints are intact"
     )
-    for name in a:
-        if a[name].numel():
-            assert float((a[name].double() - b[name].double()).abs().mean()) < 1e-5, name
+    assert_same_end(outcomes.folder / "full", outcomes.folder / "reference")
 
 
 @pytest.mark.slow
-def test_killed_at_three_points_and_resumed_on_two_processes(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_killed_at_random_and_resumed(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Before any step, copy, sync, rename, deletion, image or log line; some of these lives get nowhere."""
+    settings = ["log.every=2", "checkpoint.keep=1", "checkpoint.keep_every=4"]
+    draw = random.Random(7)
+    lives = [{"run": "killed", "kill": "event", "at": draw.randint(1, 40), "settings": settings} for _ in range(14)]
+    orders = [{"run": "reference", "settings": settings}, *lives, {"run": "killed", "settings": settings}]
+    statuses, said = in_turn(tmp_path, config_path, orders)
+    assert statuses[0] == statuses[-1] == 0, said
+    assert set(statuses[1:-1]) <= {0, -signal.SIGKILL} and statuses.count(-signal.SIGKILL) >= 3, statuses
+    assert_same_end(tmp_path / "killed", tmp_path / "reference")
+    assert sorted(checkpoint.steps_on_disk(tmp_path / "killed")) == sorted(
+        checkpoint.steps_on_disk(tmp_path / "reference")
+    )
+
+
+@pytest.mark.slow
+def test_killed_at_many_points_and_resumed_on_two_processes(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """As on one process; the rank that is killed takes the other one with it."""
     status, said = launch_two(tmp_path, config_path, {"run": "reference"})
     assert status == 0, said
-    for rank, kill in zip((1, 0, 0), KILLS.values(), strict=True):
+    for rank, kill in zip((0, 1, 0, 0, 0, 0), KILLS.values(), strict=True):
         status, said = launch_two(tmp_path, config_path, {"run": "killed", "rank": rank, **kill})
         assert status != 0 and "SIGKILL" in said, said
         assert not (tmp_path / "killed" / "DONE").exists()
@@ -428,6 +275,78 @@ def test_one_rank_of_two_is_asked_to_stop(config_path: Path, tmp_path: Path) -> 
     assert "world_size 2 -> 1" in said[0]
 
 
+def settings_of(size: int) -> list[str]:
+    """Four micro-batches of one image, however they are shared out: the noise is the same too."""
+    return [f"train.accumulation={4 // size}"]
+
+
+def assert_elastic(sizes: list[int], folder: Path, config: Path) -> None:
+    """One run on changing numbers of processes, two steps on each, the rest on the last one.
+
+    The same images in the same order as one process read without a break, and the same losses and weights but for
+    rounding.
+    """
+    reference: dict[str, Any] = {"run": "reference", "record": True, "settings": settings_of(1)}
+    for i, size in enumerate(sizes):
+        order: dict[str, Any] = {"run": "elastic", "record": True, "settings": settings_of(size)}
+        if i < len(sizes) - 1:
+            order |= {"kill": "SIGUSR1", "at": 2 * i + 1, "rank": size - 1}
+        if size > 1:
+            status, said = launch(size, folder, config, order)
+        else:
+            (status, *others), (said, *_) = in_turn(folder, config, [order, *([reference] if i else [])])
+            assert not any(others)
+        assert status == 0, said
+        if i:
+            assert f"world_size {sizes[i - 1]} -> {size}" in said
+        if i < len(sizes) - 1:
+            assert f"stopped at step {2 * i + 2}" in said
+    if sizes[-1] > 1:
+        assert in_turn(folder, config, [reference])[0] == [0]
+    runs = folder / "elastic", folder / "reference"
+    ours, theirs = map(what_was_read, runs)
+    assert ours == theirs
+    # Four steps of the first stage, three of the second; each begins at position 0.
+    places = [[position for position, _ in ours[step]] for step in range(7)]
+    assert places == [list(range(4 * s, 4 * s + 4)) for s in (0, 1, 2, 3, 0, 1, 2)]
+    for kind in ("train", "validation"):
+        a, b = (records(run, kind) for run in runs)
+        assert [r["step"] for r in a] == [r["step"] for r in b]
+        assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
+    for name in ("model.pt", "ema.pt"):
+        a, b = (torch.load(checkpoint.find_checkpoint(run) / name, weights_only=True) for run in runs)
+        for key in a:
+            if a[key].numel():
+                assert float((a[key].double() - b[key].double()).abs().mean()) < 1e-5, key
+
+
+def test_two_processes_and_then_one(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert_elastic([2, 1], tmp_path, config_path)
+
+
+@pytest.mark.slow
+def test_one_process_and_then_two(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert_elastic([1, 2], tmp_path, config_path)
+
+
+@pytest.mark.slow
+def test_two_processes_then_four_then_one(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert_elastic([2, 4, 1], tmp_path, config_path)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_the_same_to_both_ranks(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """They agree on when to save, whatever became of it on the first rank, and on the end."""
+    status, said = launch_two(tmp_path, config_path, {"run": "r", "full": [3, 4, 7]})
+    assert status != 0
+    assert said.count("the run goes on") == 2
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "step 7 could not be written" in line
+    assert checkpoint.steps_on_disk(tmp_path / "r") == [6, 2]
+    status, said = launch_two(tmp_path, config_path, {"run": "r"})
+    assert status == 0 and checkpoint.find_checkpoint(tmp_path / "r").name == "step-00000007", said
+
+
 @pytest.mark.slow
 def test_errors_of_two_ranks_are_one_line(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     for settings in (["train.batch_size=3"], ["data.shards=/nowhere"], ["loss.quality=9"]):
@@ -442,9 +361,3 @@ def test_ranks_that_drift_apart_are_found(config_path: Path, tmp_path: Path) -> 
     status, said = launch_two(tmp_path, config_path, {"run": "r", "rank": 1, "kill": "drift"})
     assert status != 0 and "different weights in 1 of" in said
     assert checkpoint.steps_on_disk(tmp_path / "r") == []
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "--one":
-        sys.exit(obey(json.loads(Path(sys.argv[2]).read_text())))
-    print(json.dumps(obey_all(json.loads(Path(sys.argv[1]).read_text()))))

@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from lalic import train
 from lalic.config import LossSection, RunConfig, StageSection, TrainSection, read_config
+from lalic.durations import duration
 from lalic.errors import LalicError
 from lalic.model import LALIC
-from lalic.training import checkpoint, environment, session, step
+from lalic.training import checkpoint, environment, inputs, step
 from lalic.training.distributed import SharedError, on_first_rank, seed_from, start_processes
 from lalic.training.engine import keep_out_of_ddp
 from lalic.training.schedule import plan
 from lalic.training.step import TrainStep
-from lalic.training.tracking import duration, keep_until
+from lalic.training.tracking import keep_until
 from lalic.training.validate import validate
 
 TINY: dict[str, Any] = {
@@ -539,7 +540,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
     path = checkpoint.find_checkpoint(finished)
     source = {"run": finished, "checkpoint": path, "file": path / "model.pt"}[kind]
     config = read_config(config_path, [f"train.init_from={source}"])
-    model = session.new_model(config)
+    model = inputs.new_model(config)
     expected = torch.load(path / "model.pt", weights_only=True)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -547,7 +548,7 @@ def test_fine_tuning_starts_from_weights(kind: str, finished: Path, config_path:
 def test_weights_of_another_architecture_are_refused(finished: Path, config_path: Path) -> None:
     config = read_config(config_path, [f"train.init_from={finished}", "model.depths=[1, 1, 2, 1]"])
     with pytest.raises(LalicError, match=r"another architecture .*depths"):
-        session.new_model(config)
+        inputs.new_model(config)
 
 
 def save_tiny(run_folder: Path, number: int) -> Path:
@@ -596,12 +597,12 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     for i in range(1, 8):
         save_tiny(tmp_path, i)
     (checkpoint.folder_of(tmp_path, 7) / "model.pt").unlink()
-    checkpoint.prune(tmp_path, 2, [3])
+    checkpoint.prune(tmp_path, 7, keep=2, protected=[3])
     # 7 is damaged: it counts as none of the two, and stays as evidence.
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]
     for i in (5, 6):
         (checkpoint.folder_of(tmp_path, i) / "MANIFEST.json").unlink()
-    checkpoint.prune(tmp_path, 2, [])
+    checkpoint.prune(tmp_path, 7, keep=2)
     assert checkpoint.steps_on_disk(tmp_path) == [7, 6, 5, 3]  # the only complete one is not deleted
 
 
@@ -671,6 +672,12 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     keep_until(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_save_does_not_wait_for_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = environment.versions()
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: pytest.fail("git is asked again"))
+    assert environment.versions() == first and first["code"]
 
 
 def test_random_state_survives_a_file(tmp_path: Path) -> None:

@@ -68,7 +68,11 @@ def break_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "rate_distortion", broken)
 
 
-@pytest.mark.parametrize("settings", [{}, {"precision": "bf16", "gradient_checkpointing": True}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema": 0.99}, {"precision": "bf16", "gradient_checkpointing": True}],
+    ids=["fp32", "ema", "bf16"],
+)
 def test_no_value_goes_to_the_host_within_a_step(settings: dict[str, Any]) -> None:
     ours = lagging(1, **settings)
     take(ours, 0)
@@ -186,7 +190,7 @@ def test_cuda_is_not_waited_for(precision: Any, monkeypatch: pytest.MonkeyPatch)
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    ours = stepper(TrainSection(batch_size=4, precision=precision))
+    ours = stepper(TrainSection(batch_size=4, precision=precision, ema=0.99))
     assert ours.accelerator.device.type == "cuda" and ours.verdicts.lag == 1
     x = pixels(4).pin_memory()
     for number in range(2):

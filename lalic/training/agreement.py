@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from lalic.training.distributed import TIMEOUT
+from lalic.training.watchdog import waiting_for_others
 
 
 @dataclass(frozen=True)
@@ -31,20 +33,21 @@ class Leave:
 class Agreement:
     """Every rank makes one at the same place, and asks it at the same places."""
 
-    def __init__(self, accelerator: Accelerator):
+    def __init__(self, accelerator: Accelerator, timeout: timedelta = TIMEOUT):
         self._many = accelerator.num_processes > 1
         # A group of its own: NCCL has no host tensors, and nothing of a step may be taken for an answer.
-        self._group: Any = dist.new_group(backend="gloo", timeout=TIMEOUT) if self._many else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self._many else None
 
     def leave(self, asked: str | None, failure: str | None = None) -> Leave | None:
         """Say what asked this rank to stop, and what has failed on it; the answer is the same on all ranks."""
         if self._many:
             flag = torch.tensor([asked is not None or failure is not None], dtype=torch.int8)
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-            if not flag.item():
-                return None
             said: list[tuple[str | None, str | None]] = [(None, None)] * dist.get_world_size()
-            dist.all_gather_object(said, (asked, failure), group=self._group)
+            with waiting_for_others():
+                dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+                if not flag.item():
+                    return None
+                dist.all_gather_object(said, (asked, failure), group=self._group)
             return _first(said)
         return _first([(asked, failure)])
 

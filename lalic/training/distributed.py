@@ -24,22 +24,24 @@ from torch import Tensor
 from lalic.config import TrainSection
 from lalic.errors import LalicError
 from lalic.training.engine_settings import deepspeed_asked, deepspeed_settings, hidden_from_accelerate
+from lalic.training.watchdog import waiting_for_others
 
 logger = logging.getLogger("lalic.train")
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others: longer than a checkpoint or the decoding of a large image takes."""
+TIMEOUT = timedelta(minutes=70)
+"""How long a rank waits for the others, where nothing else is said: longer than anything between two steps takes."""
 
 
 class SharedError(LalicError):
     """An error that every rank raises at the same place: the first rank prints it for all."""
 
 
-def start_processes(train: TrainSection) -> Accelerator:
+def start_processes(train: TrainSection, timeout: timedelta = TIMEOUT) -> Accelerator:
     """Join the processes that the launcher started, and make their arithmetic repeatable.
 
+    `timeout`: of their collectives; longer than the watchdog's, which can name the rank that is missing.
     Raises SharedError when the launcher was asked for something that the config contradicts.
     """
     _check_launcher(train)
@@ -62,7 +64,7 @@ def start_processes(train: TrainSection) -> Accelerator:
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
                 ),
-                InitProcessGroupKwargs(timeout=TIMEOUT),
+                InitProcessGroupKwargs(timeout=timeout),
             ],
         )
     # accelerate sets a number of its own for a single process that torchrun started.
@@ -121,7 +123,8 @@ def together(accelerator: Accelerator, action: Callable[[], T]) -> T:
         problem = str(error)
     except OSError as error:
         problem = f"{error.strerror or error}: {error.filename or 'run folder'}"
-    problems = gather_object([problem])
+    with waiting_for_others():
+        problems = gather_object([problem])
     for rank, text in enumerate(problems):
         if text is not None:
             raise SharedError(text if rank == 0 else f"{text} (on rank {rank})")
@@ -132,7 +135,8 @@ def on_first_rank(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and give its result to all; its error ends all ranks alike."""
     outcome = [together(accelerator, action if accelerator.is_main_process else lambda: None)]
     if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
+        with waiting_for_others():
+            broadcast_object_list(outcome)
     return cast(T, outcome[0])
 
 
@@ -147,8 +151,19 @@ def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """The sum of a tensor over all ranks."""
     if accelerator.num_processes > 1:
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        with waiting_for_others():
+            dist.all_reduce(tensor)
     return tensor
+
+
+def rows_of_ranks(accelerator: Accelerator, row: Tensor) -> Tensor:
+    """(n,) on every rank -> (ranks, n), the same on all of them."""
+    if accelerator.num_processes == 1:
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(accelerator.num_processes)]
+    with waiting_for_others():
+        dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def check_equal(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
@@ -157,8 +172,9 @@ def check_equal(accelerator: Accelerator, parameters: Iterable[Tensor]) -> None:
         return
     sums = torch.stack([p.detach().reshape(-1).view(torch.int32).sum(dtype=torch.int64) for p in parameters])
     low, high = sums.clone(), sums.clone()
-    dist.all_reduce(low, dist.ReduceOp.MIN)
-    dist.all_reduce(high, dist.ReduceOp.MAX)
+    with waiting_for_others():
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
     if not torch.equal(low, high):
         raise SharedError(
             f"the ranks hold different weights in {int((low != high).sum())} of {len(sums)} parameters: "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import random
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def job() -> dict[str, str]:
+    """The job of the cluster that this process belongs to: {"job": number}, or nothing."""
+    number = os.environ.get("SLURM_JOB_ID")
+    return {"job": number} if number else {}
+
+
+@cache
 def versions() -> dict[str, str]:
-    """Code and libraries, as meta.json records them."""
+    """Code and libraries of this process, as meta.json records them; asked for once, since git takes its time."""
     names = ("torch", "compressai", "accelerate", "numpy", "pytorch-msssim")
     return {
         "lalic": lalic.__version__,

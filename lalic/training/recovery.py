@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lalic.training import checkpoint
+from lalic.training.ema import read_average
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,6 @@ def rollback_target(run: Path, health: Health, begin: int, every: int) -> Path |
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """ "model" and "optimizer" of a checkpoint folder."""
-    return {name: checkpoint.load_tensors(path, f"{name}.pt") for name in ("model", "optimizer")}
+    """ "model", "optimizer" and "average" of a checkpoint folder."""
+    tensors = {name: checkpoint.load_tensors(path, f"{name}.pt") for name in ("model", "optimizer")}
+    return {**tensors, "average": read_average(path)}

@@ -3,12 +3,16 @@
 RUN/config.yaml   what runs here, every key     RUN/DONE    the run is finished
 RUN/checkpoints/  see checkpoint.py             RUN/STOP    asks the run to checkpoint and stop
 RUN/log.jsonl     one object per log line       RUN/.lock   held while a process trains here
+RUN/events.jsonl  what happened to the run      see events.py
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
+import os
+import struct
+import sys
 import time
 from pathlib import Path
 from typing import IO
@@ -22,6 +26,7 @@ from lalic.training.typed_yaml import as_mapping, differences
 logger = logging.getLogger("lalic.train")
 
 CONFIG, DONE, STOP, LOG, TENSORBOARD = "config.yaml", "DONE", "STOP", "log.jsonl", "tensorboard"
+LOCK = ".lock"
 
 _LOCK_PATIENCE = 20.0
 """Seconds to wait for the lock: a killed run's last process may need a moment to die."""
@@ -68,7 +73,7 @@ class RunFolder:
 
     def _take_lock(self) -> None:
         # lockf, not flock: a lock of this kind does not live on in data loading processes after a kill.
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 -- held until the process ends
+        self._lock = open(self.path / LOCK, "a")  # noqa: SIM115 -- held until the process ends
         deadline = time.monotonic() + _LOCK_PATIENCE
         while True:
             try:
@@ -81,6 +86,22 @@ class RunFolder:
             except OSError as error:
                 logger.warning("this file system has no locks (%s): start a run only once", error.strerror)
                 return
+
+
+def is_held(run: Path) -> bool | None:
+    """Whether another process trains in the run folder; None when that cannot be asked. The lock is not taken."""
+    if sys.platform != "linux":
+        return None
+    layout = "hhqqi"  # struct flock: type, whence, start, length, pid
+    try:
+        with open(run / LOCK, "rb") as file:
+            question = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0).ljust(64, b"\0")
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return bool(struct.unpack_from(layout, answer)[0] != fcntl.F_UNLCK)
 
 
 def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> None:

@@ -6,79 +6,36 @@ config, index, checkpoint ─► Session ── step, validate, save ──► R
 from __future__ import annotations
 
 import logging
-import random
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from lalic.config import RunConfig, config_text
-from lalic.data.images import list_images
-from lalic.data.loader import build_loader, eligible_samples
-from lalic.data.reader import Reader
-from lalic.data.source import open_shards
-from lalic.errors import LalicError
-from lalic.model import LALIC, load_weights
+from lalic.data.loader import build_loader
+from lalic.model import LALIC
 from lalic.remote import without_password
-from lalic.training import checkpoint
-from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
-from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training import checkpoint, events, watchdog
+from lalic.training.distributed import SharedError, check_equal, on_first_rank, together
+from lalic.training.ema import SavedAverage
+from lalic.training.environment import device_name, job, random_state, set_random_state, versions
+from lalic.training.inputs import read_inputs
 from lalic.training.recovery import Health, read_weights, rollback_target
 from lalic.training.run_folder import CONFIG, RunFolder
-from lalic.training.schedule import Schedule, Stage, plan
+from lalic.training.schedule import Stage
+from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
+from lalic.training.writer import CheckpointWriter
 
 logger = logging.getLogger("lalic.train")
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run reads before its first step."""
-
-    reader: Reader
-    images: list[Path]
-    """To validate on."""
-    schedule: Schedule
-    model: LALIC
-    saved: dict[str, Any] | None
-    """Of the checkpoint to resume from: "meta", "optimizer" and "rng"."""
-
-
-def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
-    """Everything from the disk, on one rank. Raises LalicError for what is missing or does not fit."""
-    data = config.data
-    reader = open_shards(data.shards, endpoint=data.endpoint, cache=data.cache, cache_size=data.cache_size)
-    index = reader.index
-    images = list_images(data.val) if data.val else []
-
-    def samples(crop: int) -> int:
-        return len(eligible_samples(index, crop))
-
-    schedule = plan(config.stages, config.train.batch_size, samples)
-    seed = seed_from(config.run.seed)
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if resume_from is None:
-        return Inputs(reader, images, schedule, new_model(config), None)
-    saved = {
-        "meta": checkpoint.read_meta(resume_from),
-        "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
-        "rng": checkpoint.load_tensors(resume_from, "rng.pt"),
-    }
-    if saved["meta"]["shards"] != index.fingerprint:
-        raise LalicError(
-            f"{without_password(data.shards)} does not hold the samples that this run was started on: point "
-            "data.shards at them, or use another run.dir"
-        )
-    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from), saved)
 
 
 class Session:
@@ -98,6 +55,8 @@ class Session:
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] | None = None
         self.saved_step: int | None = None
+        """Step of the last checkpoint that was asked for, whatever became of it: the same on all ranks."""
+        self.writer = CheckpointWriter(config.folder) if accelerator.is_main_process else None
         self.stepper = TrainStep(
             accelerator,
             inputs.model,
@@ -113,12 +72,24 @@ class Session:
             logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
         else:
             logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
+            if accelerator.is_main_process:
+                events.record("started", 0, total_steps=self.schedule.total_steps, **job())
         self.tracker.open(self.step)
 
     @property
     def model(self) -> LALIC:
         """The bare model, without DDP."""
         return self.stepper.bare
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the write under way come to its end (see CheckpointWriter.close)."""
+        if self.writer:
+            self.writer.close(kind)
 
     @property
     def done(self) -> bool:
@@ -132,6 +103,9 @@ class Session:
 
     def micro_batches(self) -> Iterator[Mapping[str, Any]]:
         """This rank's micro-batches of what is left of the stage."""
+        watchdog.enter(STARTING, self.step)
+        if self.writer:
+            self.writer.wait()  # worker processes are forked here; they would hold the files that are being written
         data, train, stage = self.config.data, self.config.train, self.stage
         start = self.step - stage.first_step
         loader = together(
@@ -164,17 +138,19 @@ class Session:
         return bool(self.images) and due and self.step > 0 and (self.metrics or {}).get("step") != self.step
 
     def validate(self, folder: RunFolder) -> None:
-        """Measure the validation images, and note the step when it is the best so far.
+        """Measure what would be exported on the validation images; note the step when it is the best so far.
 
         When an image cannot be read any more, the steps that are done are saved before the error is raised.
         """
+        watchdog.enter(VALIDATION, self.step)
         log = self.config.log
         nth = self.step // self.config.validate.every
         pictures = log.images if nth % log.images_every == 0 or self.done else 0
+        average = self.stepper.average
         try:
             metrics, shown = validate(
                 self.accelerator,
-                self.model,
+                average.model if average else self.model,
                 self.images,
                 self.config.loss,
                 crop=self.config.data.val_crop,
@@ -183,6 +159,7 @@ class Session:
         except SharedError:
             self.keep(folder)
             raise
+        metrics["weights"] = "ema" if average else "raw"
         # A loss that is not finite is smaller than nothing.
         is_best = metrics["loss"] < (self.best["loss"] if self.best else float("inf"))
         self.metrics = {"step": self.step, **metrics}
@@ -205,7 +182,14 @@ class Session:
             self.health = replace(self.health, skipped=self.health.skipped + 1)
             if self.accelerator.is_main_process:
                 logger.warning("skipped, because it is not finite: %s", skipped)
+                values = {"loss": skipped.loss, "gradient_norm": skipped.gradient_norm, "broken_rank": skipped.rank}
+                events.record("skipped", skipped.step + 1, **values)
         self.stepper.verdicts.unseen.clear()
+
+    def counts(self) -> dict[str, Any]:
+        """What a log line tells of the whole run so far."""
+        health, graphs = self.health, self.stepper.compiled_graphs
+        return {"skipped": health.skipped, "rollbacks": health.rollbacks, "compiled_graphs": graphs}
 
     @property
     def halted(self) -> bool:
@@ -220,6 +204,7 @@ class Session:
         """
         if not self.halted:
             return
+        watchdog.enter(STARTING, self.step)
         self.settle()
         health, verdicts = self.config.health, self.stepper.verdicts
         row = f"the last {verdicts.in_row} steps up to {self.step} were not finite and were not applied"
@@ -227,6 +212,8 @@ class Session:
         if health.on_nonfinite == "stop":
             raise SharedError(f"{row} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
         begin = self.step - verdicts.in_row
+        if self.writer:
+            self.writer.wait()
         target = on_first_rank(
             self.accelerator,
             lambda: rollback_target(folder.path, self.health, begin, self.config.checkpoint.every),
@@ -240,11 +227,14 @@ class Session:
         state = together(self.accelerator, lambda: read_weights(target))
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(state["optimizer"])
+        if self.stepper.average is not None:
+            self.stepper.average.load(state["average"], self.model)
         verdicts.restart()
         self.health = self.health.after_rollback(back, self.step)
         self.saved_step = None
         if self.accelerator.is_main_process:
             logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
+            events.record("rollback", self.step, to_step=back)
 
     def save_due(self) -> bool:
         """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
@@ -253,42 +243,54 @@ class Session:
         return (due or is_best) and self.saved_step != self.step
 
     def save(self, folder: RunFolder, *, must: bool) -> None:
-        """Write a checkpoint and prune old ones.
+        """Copy the state to host memory and begin to write a checkpoint of it; older ones are pruned after that.
 
-        When that fails (a full disk), nothing older is lost, and the run goes on to the next one with an error in
-        the log; with `must` it ends instead, in one line.
+        When the write fails (a full disk), nothing older is lost, and the run goes on to the next one with an error
+        in the log. With `must` it is waited for, and a failure ends the run on all ranks, in one line.
         """
-        check_equal(self.accelerator, self.model.parameters())
+        watchdog.enter(CHECKPOINT, self.step)
+        began = time.perf_counter()
+        average = self.stepper.average
+        check_equal(self.accelerator, [*self.model.parameters(), *(average.model.parameters() if average else ())])
         own = {**random_state(self.accelerator.device), "log": self.tracker.state_dict()}
         ranks = gather_object([own])
-        # All ranks: under DeepSpeed each has a part of it.
         optimizer = self.stepper.state_dict()
-
-        def write() -> str | None:
-            try:
-                path = self._write(folder.path, ranks, optimizer)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
-                if must:
-                    raise LalicError(f"{message}; older checkpoints are intact") from error
-                logger.error("%s; the run goes on", message)
-                return None
-            return str(path)
-
-        if on_first_rank(self.accelerator, write) is not None:
-            self.saved_step = self.step
+        writer, step = self.writer, self.step
+        if writer:
+            tensors = {
+                "model.pt": self.model.state_dict(),
+                "optimizer.pt": optimizer,
+                "rng.pt": dict(enumerate(ranks)),
+                **({checkpoint.AVERAGED: average.model.state_dict()} if average else {}),
+            }
+            writer.start(
+                step,
+                tensors=tensors,
+                texts={CONFIG: config_text(self.config)},
+                meta=self._meta(),
+                prune=self._prune(),
+                must=must,
+                began=began,
+            )
+        self.saved_step = step
+        if must:
+            on_first_rank(self.accelerator, lambda: writer.must_be_written(step) if writer else None)
+        self.tracker.saved(time.perf_counter() - began)
 
     def keep(self, folder: RunFolder) -> None:
         """Write a checkpoint of the steps that are done, unless it is there; for a run that cannot go on."""
         self.settle()
-        if self.step and self.saved_step != self.step:
+        if not self.step:
+            return
+        asked = self.saved_step == self.step
+        if not asked or on_first_rank(self.accelerator, lambda: bool(self.writer and self.writer.failed(self.step))):
             self.save(folder, must=True)
 
-    def _write(self, run: Path, ranks: list[Any], optimizer: dict[str, Any]) -> Path:
+    def _meta(self) -> dict[str, Any]:
         # Of the step that was done last: a stage that is only about to begin may still be changed.
         stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
-        meta = {
+        average = self.stepper.average
+        return {
             "step": self.step,
             "total_steps": self.schedule.total_steps,
             "stage": stage.number,
@@ -297,6 +299,7 @@ class Session:
             "first_epoch": stage.first_epoch,
             "model": self.model.config,
             "loss": {"metric": self.config.loss.metric, "lambda": self.config.loss.multiplier},
+            "ema": {"decay": average.decay, "updates": average.updates} if average else None,
             "best": self.best,
             "metrics": self.metrics,
             "health": {**asdict(self.health), "in_row": self.stepper.verdicts.in_row},
@@ -307,20 +310,19 @@ class Session:
             "device": device_name(self.accelerator.device),
             "versions": versions(),
         }
-        path = checkpoint.save(
-            run,
-            self.step,
-            tensors={
-                "model.pt": self.model.state_dict(),
-                "optimizer.pt": optimizer,
-                "rng.pt": dict(enumerate(ranks)),
-            },
-            texts={CONFIG: config_text(self.config)},
-            meta=meta,
-        )
-        checkpoint.prune(run, self.config.checkpoint.keep, self._protected())
-        logger.info("checkpoint %s", path)
-        return path
+
+    def _prune(self) -> Callable[[Path, int], None]:
+        """The retention rule as it is now, for when the checkpoint is in place."""
+        rule, protected, best = self.config.checkpoint, self._protected(), self.best["step"] if self.best else None
+
+        def prune(run: Path, written: int) -> None:
+            stay = set(protected)
+            if best is not None and checkpoint.problem(checkpoint.folder_of(run, best), contents=False) is not None:
+                # It could not be written: the best of those that are there takes its place.
+                stay |= {step for step in [checkpoint.best_on_disk(run)] if step is not None}
+            checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=stay)
+
+        return prune
 
     def _protected(self) -> set[int]:
         """Steps whose checkpoints are needed still: the best one, and the one to go back to."""
@@ -328,8 +330,11 @@ class Session:
         best = {self.best["step"]} if self.best else set()
         return best | self.health.may_return_to(begin, self.config.checkpoint.every)
 
-    def _restore(self, meta: dict[str, Any], optimizer: dict[str, Any], rng: dict[int, Any]) -> None:
+    def _restore(
+        self, meta: dict[str, Any], optimizer: dict[str, Any], average: SavedAverage | None, rng: dict[int, Any]
+    ) -> None:
         self.stepper.load_state_dict(optimizer)
+        self._restore_average(average)
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
         logs = [state.pop("log") for state in rng.values() if "log" in state]
         self.tracker.load_state_dicts(logs[rank : rank + 1] if size == len(logs) else logs if rank == 0 else [])
@@ -345,6 +350,15 @@ class Session:
             self.stepper.verdicts.halted_at = self.step
         self._tell_what_changed(meta)
 
+    def _restore_average(self, saved: SavedAverage | None) -> None:
+        average, told = self.stepper.average, self.accelerator.is_main_process
+        if average is not None:
+            average.load(saved, self.model)
+            if saved is None and told:
+                logger.info("train.ema is new to this run: the average begins with the weights of the checkpoint")
+        elif saved is not None and told:
+            logger.warning("train.ema is off: the averaged weights of the checkpoint are left behind")
+
     def _tell_what_changed(self, meta: dict[str, Any]) -> None:
         """Log what keeps the rest of the run from having the bits of an uninterrupted one."""
         now = {
@@ -356,29 +370,12 @@ class Session:
         }
         was = {"backend": "DDP", **{k: meta[k] for k in now if k in meta}, **meta.get("versions", {})}
         changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
-        if changed and self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            return
+        before = {"world_size_before": meta.get("world_size"), "changed": changed}
+        events.record("resumed", self.step, total_steps=self.schedule.total_steps, **before, **job())
+        if changed:
             logger.warning(
                 "since the checkpoint has changed: %s; the run goes on over the same batches, but not bit for bit",
                 ", ".join(changed),
             )
-
-
-def new_model(config: RunConfig) -> LALIC:
-    """The model of a new run: fresh weights, or those of `train.init_from`."""
-    if config.train.init_from is None:
-        return LALIC(**config.model.arguments())
-    source = Path(config.train.init_from)
-    if (source / checkpoint.FOLDER).is_dir():
-        source = checkpoint.find_checkpoint(source)
-    found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
-    model = LALIC(**config.model.arguments())
-    try:
-        model.load_state_dict(found.state_dict())
-    except RuntimeError as error:
-        differing = [f"{k} {v} there, {model.config[k]} here" for k, v in found.config.items() if v != model.config[k]]
-        raise LalicError(
-            f"train.init_from: {source} is of another architecture than the config's model section "
-            f"({'; '.join(differing)})"
-        ) from error
-    logger.info("weights from %s", source)
-    return model

@@ -23,6 +23,7 @@ from lalic.config import LossSection, TrainSection
 from lalic.model import LALIC
 from lalic.training.compiling import BlockCompiler, compile_errors
 from lalic.training.distributed import check_equal, seed_from
+from lalic.training.ema import Average
 from lalic.training.engine import build_engine
 from lalic.training.loss import rate_distortion
 from lalic.training.verdicts import Verdicts
@@ -63,6 +64,7 @@ class TrainStep:
         self.bare = model.to(accelerator.device).train()
         model.set_gradient_checkpointing(train.gradient_checkpointing)
         model.set_compute_dtype(torch.bfloat16 if train.precision == "bf16" else None)
+        self.average = Average(model, train.ema) if train.ema is not None else None
         self.compiler = BlockCompiler(accelerator) if train.compile else None
         if self.compiler:
             self.compiler.attach(model)
@@ -88,6 +90,8 @@ class TrainStep:
         # As the engine tells its own: a step that is left out is left out by both.
         self.aux_optimizer.found_inf = left_out  # type: ignore[attr-defined]
         values["aux"] = self._auxiliary_step()
+        if self.average is not None:
+            self.average.update(left_out)
         self.verdicts.read()
         return StepResult(values, left_out)
 

@@ -50,6 +50,7 @@ class StopRequest:
     """Context manager that catches the signals and looks for the file.
 
     `spread`: a signal to this rank also makes the file, for ranks that wait for their data and would not hear of it.
+    The signal's name stands in it: a job script tells by that a stop that the scheduler wants from one by hand.
     """
 
     def __init__(self, stop_file: Path, *, spread: bool = False):
@@ -113,5 +114,5 @@ class StopRequest:
             self._reason = signal.Signals(number).name
             if self._spread:
                 with contextlib.suppress(OSError):
-                    self._file.touch()
+                    self._file.write_text(f"{self._reason}\n")
         self._raise_once()

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from lalic.config import RunConfig
-from lalic.memory import PeakMemory
-from lalic.training.distributed import sum_over_ranks
+from lalic.durations import duration
+from lalic.memory import PeakMemory, peak_resident_bytes
+from lalic.training.distributed import rows_of_ranks
 from lalic.training.run_folder import LOG, TENSORBOARD
 from lalic.training.schedule import Schedule, Stage
 from lalic.training.step import StepResult
@@ -57,6 +58,7 @@ class Tracker:
         self._sums: Tensor | None = None
         self._steps = self._bad = 0
         self._busy = self._waited = 0.0
+        self._saving = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has added up since the last log line, so that a resumed run writes the same next one."""
@@ -94,25 +96,43 @@ class Tracker:
         self._busy += seconds
         self._waited += waited
 
-    def write(self, step: int, stage: Stage, compiled_graphs: int | None = None) -> None:
+    def saved(self, seconds: float) -> None:
+        """Take note that the steps have stood still for a checkpoint."""
+        self._saving += seconds
+
+    def write(
+        self, step: int, stage: Stage, *, skipped: int = 0, rollbacks: int = 0, compiled_graphs: int | None = None
+    ) -> None:
         """Write the means since the last call, as those after `step` steps of the run. All ranks call it.
 
-        This is where the device is waited for. `compiled_graphs`: those of this process so far, if it compiles.
+        This is where the device is waited for. `skipped`, `rollbacks`: those of the run so far; `compiled_graphs`:
+        those of this process, if it compiles. docs/training.md says what the names mean.
         """
         if self._sums is None:
             return
-        sums = torch.cat((self._sums, self._sums.new_full((1,), self._bad)))
-        *totals, count, bad = sum_over_ranks(self.accelerator, sums).tolist()
+        own = (self._bad, self._waited / self._busy, self._memory.bytes(), peak_resident_bytes())
+        row = torch.cat((self._sums, self._sums.new_tensor(own)))
+        rows = rows_of_ranks(self.accelerator, row).cpu()
+        *totals, count, bad, _, _, _ = rows.sum(dim=0).tolist()
+        share, device, host = rows[:, -3:].unbind(dim=1)
         # Without one step that was applied there is no mean: null in the JSON.
         values = {n: t / count if count else math.nan for n, t in zip(self._names, totals, strict=True)}
-        speed = self._steps * self.batch_size / self._busy
+        speed, ranks = self._steps * self.batch_size / self._busy, self.accelerator.num_processes
         extra = {
             "lr": stage.lr,
             "images_per_second": speed,
-            "data_wait_share": self._waited / self._busy,
+            "images_per_second_per_rank": speed / ranks,
+            "step_seconds": self._busy / self._steps,
+            "data_wait_share": float(share.mean()),
+            "data_wait_share_worst": float(share.max()),
+            "data_wait_worst_rank": int(share.argmax()),
+            "checkpoint_seconds": self._saving,
             "bad_samples": int(bad),
-            "skipped_steps": self._steps - round(count / self.accelerator.num_processes),
-            "memory_gib": self._memory.bytes() / 2**30,
+            "skipped_steps": self._steps - round(count / ranks),
+            "skipped_steps_total": skipped,
+            "rollbacks": rollbacks,
+            "memory_gib": float(device.max()) / 2**30,
+            "host_memory_gib": float(host.max()) / 2**30,
         }
         if compiled_graphs is not None:
             extra["compiled_graphs"] = compiled_graphs
@@ -131,7 +151,9 @@ class Tracker:
             f"loss {values['loss']:.4f} bpp {values['bpp']:.4f} psnr {values['psnr']:.2f} {quality}"
             f"aux {values['aux']:.2f} gnorm {values['gradient_norm']:.3f} lr {stage.lr:.1e} "
             f"{extra['images_per_second']:.1f} img/s wait {100 * extra['data_wait_share']:.0f} % "
-            f"eta {duration(left)}" + (f" bad {extra['bad_samples']}" if extra["bad_samples"] else "")
+            f"eta {duration(left)}"
+            + (f" bad {extra['bad_samples']}" if extra["bad_samples"] else "")
+            + (f" skipped {extra['skipped_steps']}" if extra["skipped_steps"] else "")
         )
 
     def validation(
@@ -187,9 +209,3 @@ def keep_until(log: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_text(log, "".join(kept))
-
-
-def duration(seconds: float) -> str:
-    """h:mm:ss."""
-    seconds = max(0, round(seconds))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

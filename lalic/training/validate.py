@@ -25,6 +25,7 @@ from lalic.data.images import read_rgb
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.training.distributed import sum_over_ranks, together
+from lalic.training.watchdog import moved
 
 logger = logging.getLogger("lalic.train")
 
@@ -59,6 +60,7 @@ def validate(
             wanted = i < pictures and accelerator.is_main_process
             if i % accelerator.num_processes != accelerator.process_index and not wanted:
                 continue
+            moved()
             row, picture = _measure(model, _read(path, crop), loss, accelerator.device, path)
             if i % accelerator.num_processes == accelerator.process_index:
                 table[i] = row

@@ -33,9 +33,12 @@ class SkippedStep:
     loss: float
     """Of this rank."""
     gradient_norm: float
+    rank: int | None
+    """The first rank whose loss was not finite; None when only a gradient was not, which all ranks share."""
 
     def __str__(self) -> str:
-        return f"step {self.step + 1} (loss {self.loss:g}, gradient norm {self.gradient_norm:g} on this rank)"
+        values = f"step {self.step + 1} (loss {self.loss:g}, gradient norm {self.gradient_norm:g} on this rank)"
+        return values if self.rank is None else f"{values}, because of the loss of rank {self.rank}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class _Verdict:
 
     step: int
     flags: Tensor
-    """(2,) in host memory: broken, halted."""
+    """(2,) in host memory: who is broken (`_code`), and halted."""
     arrived: torch.cuda.Event | None
     values: Mapping[str, Tensor]
     """"loss" and "gradient_norm" of this rank, for the message."""
@@ -78,13 +81,20 @@ class Verdicts:
         Returns a scalar on the device for the optimisers' `found_inf`: 1 when this step is not finite on some rank,
         or the run was halted before it, else 0.
         """
-        broken = ~(values["loss"].isfinite() & values["gradient_norm"].isfinite())
-        broken = any_rank(self.accelerator, broken.float())
+        code = any_rank(self.accelerator, self._code(values))
+        broken = (code > 0).float()
         left_out = torch.maximum(broken, self._halted)
         self._in_row = (self._in_row + 1) * broken
         self._halted = torch.maximum(self._halted, (self._in_row >= self.limit).float())
-        self._unread.append(self._send(step, torch.stack((broken, self._halted)), values))
+        self._unread.append(self._send(step, torch.stack((code, self._halted)), values))
         return left_out
+
+    def _code(self, values: Mapping[str, Tensor]) -> Tensor:
+        """A number of which the largest over the ranks tells who is broken: 0 nobody, 1/2 the gradient alone, else
+        `ranks` - the first rank whose loss is."""
+        good = values["loss"].isfinite()
+        own = self.accelerator.num_processes - self.accelerator.process_index
+        return ~good * float(own) + (good & ~values["gradient_norm"].isfinite()) * 0.5
 
     def read(self) -> None:
         """Read the verdicts that are `lag` steps old."""
@@ -110,10 +120,12 @@ class Verdicts:
                 verdict.arrived.synchronize()
             if self.halted_at is not None:
                 continue  # queued behind the step that halted the run, and not applied
-            broken, halted = verdict.flags.numpy().astype(bool)
+            code, halted = verdict.flags.tolist()
+            broken = code > 0
             self.in_row = self.in_row + 1 if broken else 0
             if broken:
-                values = (float(verdict.values[name]) for name in ("loss", "gradient_norm"))
-                self.unseen.append(SkippedStep(verdict.step, *values))
+                loss, norm = (float(verdict.values[name]) for name in ("loss", "gradient_norm"))
+                rank = self.accelerator.num_processes - int(code) if code >= 1 else None
+                self.unseen.append(SkippedStep(verdict.step, loss, norm, rank))
             if halted:
                 self.halted_at = verdict.step + 1

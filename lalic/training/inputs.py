@@ -1,0 +1,92 @@
+"""What a run reads before its first step: shards, images to validate on, the schedule, the weights it begins with."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lalic.config import RunConfig
+from lalic.data.images import list_images
+from lalic.data.loader import eligible_samples
+from lalic.data.reader import Reader
+from lalic.data.source import open_shards
+from lalic.errors import LalicError
+from lalic.model import LALIC, load_weights
+from lalic.remote import without_password
+from lalic.training import checkpoint
+from lalic.training.distributed import seed_from
+from lalic.training.ema import read_average
+from lalic.training.schedule import Schedule, plan
+
+logger = logging.getLogger("lalic.train")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before its first step."""
+
+    reader: Reader
+    images: list[Path]
+    """To validate on."""
+    schedule: Schedule
+    model: LALIC
+    saved: dict[str, Any] | None
+    """Of the checkpoint to resume from: "meta", "optimizer", "average" (None: it has none) and "rng"."""
+
+
+def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
+    """Everything from the disk, on one rank. Raises LalicError for what is missing or does not fit."""
+    data = config.data
+    reader = open_shards(data.shards, endpoint=data.endpoint, cache=data.cache, cache_size=data.cache_size)
+    index = reader.index
+    images = list_images(data.val) if data.val else []
+
+    def samples(crop: int) -> int:
+        return len(eligible_samples(index, crop))
+
+    schedule = plan(config.stages, config.train.batch_size, samples)
+    seed = seed_from(config.run.seed)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if resume_from is None:
+        return Inputs(reader, images, schedule, new_model(config), None)
+    saved = {
+        "meta": checkpoint.read_meta(resume_from),
+        "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
+        "average": read_average(resume_from),
+        "rng": checkpoint.load_tensors(resume_from, "rng.pt"),
+    }
+    if saved["meta"]["shards"] != index.fingerprint:
+        raise LalicError(
+            f"{without_password(data.shards)} does not hold the samples that this run was started on: point "
+            "data.shards at them, or use another run.dir"
+        )
+    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from, "raw"), saved)
+
+
+def new_model(config: RunConfig) -> LALIC:
+    """The model of a new run: fresh weights, or those of `train.init_from`."""
+    if config.train.init_from is None:
+        return LALIC(**config.model.arguments())
+    source = Path(config.train.init_from)
+    if (source / checkpoint.FOLDER).is_dir():
+        source = checkpoint.find_checkpoint(source)
+    found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
+    model = LALIC(**config.model.arguments())
+    try:
+        model.load_state_dict(found.state_dict())
+    except RuntimeError as error:
+        differing = [f"{k} {v} there, {model.config[k]} here" for k, v in found.config.items() if v != model.config[k]]
+        raise LalicError(
+            f"train.init_from: {source} is of another architecture than the config's model section "
+            f"({'; '.join(differing)})"
+        ) from error
+    logger.info("weights from %s%s", source, ", averaged" if checkpoint.has_average(source) else "")
+    return model
