@@ -18,7 +18,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +69,6 @@ def train(work: Path, config: Path, name: str) -> dict[str, Any]:
     if yaml.startswith("deepspeed"):
         launcher += ["--num_processes", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_WAIT_POLICY": "PASSIVE"}
-    started = time.perf_counter()
     command = [*launcher, "-m", "lalic.train", "--config", str(config), f"run.dir={folder}", *settings]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -79,7 +77,6 @@ def train(work: Path, config: Path, name: str) -> dict[str, Any]:
     steps = [r for r in records if r["kind"] == "train"]
     end = next((r for r in records if r["kind"] == "validation"), {})
     return {
-        "seconds": time.perf_counter() - started,
         **{value: [r[value] for r in steps] for value in VALUES},
         "validation": {k: end[k] for k in ("loss", "bpp", "psnr") if k in end},
     }
@@ -135,10 +132,10 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for name in RUNS:
         curves[name] = train(work, config, name)
         row = {"run": name, "first": curves[name]["loss"][0], "last": curves[name]["loss"][-1]}
-        row |= {"validation": curves[name]["validation"], "seconds": curves[name]["seconds"]}
+        row |= {"validation": curves[name]["validation"]}
         row |= differences(curves[name], next(iter(curves.values())))
         rows.append(row)
-        print(f"{name:17} loss {row['first']:.4f} -> {row['last']:.4f} in {row['seconds']:.0f} s")
+        print(f"{name:17} loss {row['first']:.4f} -> {row['last']:.4f}")
         print(
             f"{'':17} apart by at most {row['loss_largest']:.1e} (first tenth of the steps "
             f"{row['loss_largest_first_tenth']:.1e}), on average {row['loss_mean']:.1e}",

@@ -48,7 +48,6 @@ def start_processes(train: TrainSection, timeout: timedelta = TIMEOUT) -> Accele
     make_deterministic()
     # Newer torch renames the setting; accelerate passes the old name, which every supported version takes.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified", category=UserWarning)
     # Gradients of the merged depthwise kernels are laid out otherwise than DDP's buckets: a copy of a few kB.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with hidden_from_accelerate():
