@@ -39,11 +39,11 @@ RUNS = {
 
 CONFIG = """
 run: {{seed: 1}}
-model: {{N: 16, dims: [16, 24, 32, 48, 32, 16], depths: [1, 1, 1, 1], groups: [8, 8, 16, 16]}}
+model: {{N: 8, dims: [8, 12, 16, 32, 16, 8], depths: [1, 1, 1, 1], groups: [4, 4, 8, 16]}}
 data: {{shards: {shards}, workers: 0, flip: true, val: {val}, val_crop: 128}}
 loss: {{metric: mse, quality: 3}}
-train: {{batch_size: 8, cpu_threads: 1}}
-stages: [{{steps: {steps}, lr: 1e-4, crop: 64}}]
+train: {{batch_size: 4, cpu_threads: 1}}
+stages: [{{steps: {steps}, lr: 2e-4, crop: 64}}]
 validate: {{every: {steps}}}
 checkpoint: {{every: {steps}}}
 log: {{every: 1, images: 0}}
@@ -146,7 +146,7 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if arguments.picture:
         draw(arguments.picture, curves)
-    settings = {"steps": arguments.steps, "batch": 8, "crop": 64}
+    settings = {"steps": arguments.steps, "batch": 4, "crop": 64}
     return {"settings": settings, "rows": rows, "losses": {name: curve["loss"] for name, curve in curves.items()}}
 
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/backends.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs to train on")
     parser.add_argument("--val", type=Path, help="photographs to validate on at the end")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--work", type=Path, help="make shards and runs in here (default: a temporary folder)")
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")

@@ -212,6 +212,46 @@ def remote_shards(result: dict[str, Any]) -> str:
     return section("Remote shards", result, table(titles, rows))
 
 
+def faults(result: dict[str, Any]) -> str:
+    rows = [
+        (
+            r["setup"],
+            r["kind"],
+            r["faults"],
+            r["resumed"],
+            "" if r["lost_mean"] is None else f"{r['lost_mean']:.1f}",
+            "" if r["lost_worst"] is None else r["lost_worst"],
+            "" if r["seconds_median"] is None else f"{r['seconds_median']:.0f}",
+            r["bits_equal"],
+        )
+        for r in result["summary"]
+    ]
+    setups = result["setups"].values()
+    total = [sum(r[key] for r in result["summary"]) for key in ("faults", "resumed", "bits_equal")]
+    rows.append(("**all**", "", *(f"**{n}**" for n in total[:2]), "", "", "", f"**{total[2]}**"))
+    ends = [end for setup in setups for end in setup["ends"]]
+    disks = sorted({disk for setup in setups for disk in setup["disks"]})
+    text = (
+        f"A checkpoint every {result['checkpoint_every']} steps, and at every new best. Lost steps were done before "
+        "the fault and had to be done again. Seconds: from the fault until the restarted command has done a step, most "
+        "of them for Python's imports. Bits: of the checkpoint that the run went on from, and of the next one, beside "
+        f"a run that was never disturbed. Of the {len(ends)} runs that were hit, "
+        f"{sum(end['bits_equal'] for end in ends)} have equal ends, log.jsonl and TensorBoard's curves included. "
+        f"The full disk: {', '.join(disks) or 'none'}."
+    )
+    titles = (
+        "runs",
+        "fault",
+        "faults",
+        "resumed",
+        "lost steps, mean",
+        "worst",
+        "s until training, median",
+        "bits equal",
+    )
+    return section("Faults in training runs", result, table(titles, rows), text)
+
+
 def backends(result: dict[str, Any]) -> str:
     s = result["settings"]
     rows = [
@@ -234,11 +274,38 @@ def backends(result: dict[str, Any]) -> str:
     return section("Loss curves of the backends", result, table((*titles, *apart), rows), note)
 
 
+def checkpoint(result: dict[str, Any]) -> str:
+    s, ours = result["settings"], result["rows"]["asynchronous"]
+    rows = [
+        (
+            name,
+            f"{r['stopped_s']:.2f}",
+            f"{r['lost_s']:.2f}",
+            f"{r['lost_steps']:.2f}",
+            f"{100 * r['share']:.3f} %",
+            f"{r['bytes'] / 1e6:.0f}",
+        )
+        for name, r in result["rows"].items()
+    ]
+    title = f"{s['model']} model, {s['precision']}, crop {s['crop']}, batch {s['batch']}" + (
+        ", EMA" if s["ema"] else ""
+    )
+    titles = (title, "s the step stands still", "s lost in all", "in steps", f"of {result['every']} steps", "MB")
+    text = (
+        f"A step takes {result['step_s']:.2f} s. The asynchronous checkpoint was written in {ours['write_s']:.1f} s "
+        f"behind {ours['steps_behind']:.0f} steps; the first stood still for {result['first_stopped_s']:.2f} s, and "
+        f"its copy holds {result['host_bytes'] / 1e6:.0f} MB of host memory. Load average at the start: "
+        f"{result['environment']['load_average']:.1f}."
+    )
+    return section("Checkpoints", result, table(titles, rows), text)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
     "train_step": train_step,
     "profile_step": profile,
+    "checkpoint": checkpoint,
     "codec": codec,
     "sharding": sharding,
     "loader": loader,
@@ -246,6 +313,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "remote_shards": remote_shards,
     "backends": backends,
     "kernel_resources": resources,
+    "faults": faults,
 }
 
 

@@ -149,12 +149,20 @@ def _loss(weights: Weights, metric: str | None, lmbda: float | None, quality: in
 
 
 def best_step(run: Path) -> int:
-    """Step with the lowest validation loss so far; LalicError when the run was never validated."""
-    from lalic.training.checkpoint import find_checkpoint, read_meta
+    """Step with the lowest validation loss so far; LalicError when the run was never validated.
+
+    Where its checkpoint is damaged or could not be written, that of the best checkpoint which is there.
+    """
+    from lalic.training.checkpoint import best_on_disk, find_checkpoint, folder_of, problem, read_meta
 
     best = read_meta(find_checkpoint(run)).get("best")
     if not best:
         raise LalicError(f"{run} was never validated (data.val), so no checkpoint is the best: leave --best out")
+    if reason := problem(folder_of(run, best["step"]), contents=False):
+        there = best_on_disk(run)
+        if there is not None:
+            log.warning("the best step of %s is %d (%s): taking %d", run, best["step"], reason, there)
+            return there
     return int(best["step"])
 
 

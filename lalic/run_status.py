@@ -111,9 +111,11 @@ def read_status(run: str | Path) -> RunStatus:
     total = _whole(start, "total_steps") or _whole(meta, "total_steps")
     times = [t for record in (line, *events[-1:], *validations[-1:]) if (t := _number(record, "time")) is not None]
     updated = max(times, default=None) or _changed(run)
-    step = _step(run, lines, events, last_checkpoint)
+    # A checkpoint is of an earlier step, and may come last: it is written while the run goes on, or ends.
+    telling = [event for event in events if event["kind"] not in ("checkpoint", "checkpoint_failed")]
+    step = _step(run, lines, telling, last_checkpoint)
     seconds = _seconds_per_step(lines, start)
-    state, detail = _state(run, events, start, step, updated, _log_interval(config, seconds))
+    state, detail = _state(run, telling, start, step, updated, _log_interval(config, seconds))
     validated = [v for v in validations if _number(v, "loss") is not None]
     best = min(validated, key=lambda v: v["loss"]) if validated else meta.get("best")
     known = _without_kind(validations[-1]) if validations else meta.get("metrics")

@@ -66,7 +66,7 @@ def take(ours: Any, step: int) -> dict[str, float]:
     """One step; its values as means over the ranks."""
     rank, size = ours.accelerator.process_index, ours.accelerator.num_processes
     mine = [{"x": x, "bad": 0} for x in pixels(step).chunk(MICRO_BATCHES)[rank::size]]
-    result = ours(mine, step=step, lr=1e-3)
+    result = ours(mine, step=step, lr=3e-4)
     everywhere = gather_object([{k: float(v) for k, v in result.values.items()}])
     return {k: sum(values[k] for values in everywhere) / size for k in everywhere[0]}
 

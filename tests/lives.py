@@ -3,13 +3,15 @@
 This file is also the program that the tests start. `python tests/lives.py ORDERS.json` forks one run per order, each
 killed or stopped as it says; under `accelerate launch`, `... lives.py --one ORDER.json` is one rank of one run.
 
-An order: "run" (folder), "settings", "kill" with "at" (below) and "rank" (the one that is killed), "broken" (steps that
-are not finite) with "broken_rank", "data" ("unreadable" or "late") with "data_rank" and "data_at", "record" (note what
-was read), "damage" (flip a bit of the newest checkpoint instead of running).
+An order: "run" (folder), "settings", "kill" with "at" (below), "rank" (the one that is killed) and "written" (not
+before the checkpoint of that step is), "broken" (steps that are not finite) with "broken_rank", "data" ("unreadable" or
+"late") with "data_rank" and "data_at", "full" (steps whose checkpoint finds no room, once), "record" (note what was
+read), "damage" (flip a bit of the newest checkpoint instead of running).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 
-from lalic.training import checkpoint
+from lalic.training import checkpoint, events
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["train.ema=0.9"]
@@ -48,6 +50,8 @@ def arrange(order: dict[str, Any]) -> None:
         spoil_data(order["data"], order["data_at"])
     if order.get("record"):
         record_what_is_read(Path(order["run"]))
+    if rank == 0 and "full" in order:
+        fill_disk(order["full"])
     kill, at = order.get("kill"), order.get("at", 0)
     if kill is None or rank != order.get("rank", rank):
         return
@@ -106,6 +110,20 @@ def spoil_data(how: str, at: int) -> None:
     Session.micro_batches = spoiled  # type: ignore[method-assign]
 
 
+def fill_disk(steps: list[int]) -> None:
+    """The first write of the checkpoints of these steps finds no room on the disk."""
+    sync, left = checkpoint._sync, list(steps)
+
+    def full(descriptor: int) -> None:
+        step = int(Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent.name.rsplit("-", 1)[-1])
+        if step in left:
+            left.remove(step)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    checkpoint._sync = full
+
+
 def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
     """Killed, or asked to stop, in the backward pass of step `at`."""
     from lalic.training import stop
@@ -119,6 +137,7 @@ def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
         if at not in (step, "once"):
             pass
         elif kill == "step":
+            wait_until_written(Path(order["run"]), order.get("written"))
             end()
         elif kill == "STOP":
             Path(order["run"], "STOP").touch()
@@ -127,6 +146,12 @@ def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
         return values
 
     TrainStep._backward = stopped  # type: ignore[method-assign]
+
+
+def wait_until_written(run: Path, step: int | None) -> None:
+    """Until the history of a run, whose checkpoints are written behind its back, tells of that of `step`."""
+    while step is not None and ("checkpoint", step) not in {(e["kind"], e["step"]) for e in events.read_events(run)}:
+        time.sleep(0.02)
 
 
 def kill_while_writing(at: int) -> None:
@@ -205,11 +230,11 @@ def kill_at_event(at: int) -> None:
     from lalic.training import checkpoint, snapshot, tracking, validate, writer
     from lalic.training.step import TrainStep
 
-    events = iter(range(1, 1_000_000))
+    numbers = iter(range(1, 1_000_000))
 
     def counted(action: Callable[..., Any]) -> Callable[..., Any]:
         def count_and_do(*arguments: Any, **more: Any) -> Any:
-            if next(events) == at:
+            if next(numbers) == at:
                 end()
             return action(*arguments, **more)
 

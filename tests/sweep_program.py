@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -35,15 +36,18 @@ def train(settings: list[str]) -> int:
     (run / "STOP").unlink(missing_ok=True)
     with open(run.parent / "started.txt", "a") as file:
         file.write(" ".join([run.name, *settings]) + "\n")
+    event(run, "started", 0, total_steps=STEPS)
     step = max([int(p.name[5:]) for p in run.glob("checkpoints/step-*")], default=0)
     while step < STEPS or (order.get("hold") and not (run / "GO").exists()):
         if step == order.get("at", 0) and "fail" in order:
             print(order["fail"], file=sys.stderr)
+            event(run, "failed", step, error=order["fail"].removeprefix("error: "))
             return 2
         if step == order.get("at", 0) and "die" in order:
             os.kill(os.getpid(), signal.SIGKILL)
         if not order.get("deaf") and (run / "STOP").exists():
             print(f"stopped at step {step}")
+            event(run, "stopped", step, reason="STOP exists")
             return 0
         if step < STEPS:
             step += 1
@@ -53,6 +57,13 @@ def train(settings: list[str]) -> int:
         time.sleep(0.02)
     (run / "DONE").write_text("{}")
     return 0
+
+
+def event(run: Path, kind: str, step: int, **facts: Any) -> None:
+    record = {"time": time.time(), "kind": kind, "step": step, "host": socket.gethostname(), **facts}
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "events.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def log(run: Path, step: int) -> None:

@@ -104,6 +104,23 @@ class TestSnapshot:
         third = copies.take({"a": torch.ones(5), "new": torch.ones(4)})
         assert third["a"].shape == (5,) and third["new"].dtype == torch.float32
 
+    @pytest.mark.gpu
+    def test_cuda_state_comes_in_page_locked_memory(self) -> None:
+        """Weights that are overwritten on the device right after the copy was taken; twice, into the same memory."""
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        copies = HostCopy()
+        tensors = {str(i): torch.full((1 << 20,), float(i), device="cuda") for i in range(50)}
+        for round_ in range(2):
+            copy = copies.take({**tensors, "on the CPU": torch.ones(3)})
+            for tensor in tensors.values():
+                tensor.add_(100)
+            assert all(copy[name].is_pinned() for name in tensors) and not copy["on the CPU"].is_pinned()
+            for name in tensors:
+                assert copy[name].unique().tolist() == [float(name) + 100 * round_]
+        first = copies.take(tensors)
+        assert all(copies.take(tensors)[name] is first[name] for name in tensors)
+
     def test_plain_values_and_empty_tensors(self) -> None:
         state = {"list": [1, "two", (3.0, None)], 4: torch.empty(0), "scalar": torch.tensor(2.5), "flag": True}
         copy = HostCopy().take(state)
@@ -354,6 +371,19 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 class TestRetention:
+    def test_the_best_that_is_there(self, tmp_path: Path) -> None:
+        losses = {1: 5.0, 2: 3.0, 3: float("nan"), 4: 1.0, 5: 3.0}
+        for step, loss in losses.items():
+            meta = {"step": step, "metrics": {"step": step, "loss": loss}}
+            checkpoint.save(tmp_path, step, tensors={}, texts={}, meta=meta)
+        carried = {"step": 6, "metrics": {"step": 4, "loss": 1.0}}  # not measured on its own weights
+        checkpoint.save(tmp_path, 6, tensors={}, texts={}, meta=carried)
+        save(tmp_path, 7)
+        assert checkpoint.best_on_disk(tmp_path) == 4
+        (checkpoint.folder_of(tmp_path, 4) / "MANIFEST.json").unlink()
+        assert checkpoint.best_on_disk(tmp_path) == 2
+        assert checkpoint.best_on_disk(tmp_path / "nothing") is None
+
     @pytest.mark.parametrize(
         ("rule", "stay"),
         [

@@ -77,12 +77,11 @@ def column(values: list[dict[str, float]], name: str) -> list[float]:
     return [v[name] for v in values]
 
 
-def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]], rel: float = 1e-4) -> None:
+def assert_close(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    """Apart by what rounding makes of so few steps, with room for another machine's."""
     assert len(ours) == len(theirs) > 0
-    for name in ("loss", "bpp", "aux", "gradient_norm"):
-        assert column(ours, name) == pytest.approx(
-            column(theirs, name), rel=rel if name != "gradient_norm" else 2e-2
-        ), name
+    for name, rel in (("loss", 2e-5), ("bpp", 2e-5), ("aux", 1e-6), ("gradient_norm", 1e-3)):
+        assert column(ours, name) == pytest.approx(column(theirs, name), rel=rel), name
 
 
 def largest(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -101,7 +100,7 @@ def test_deepspeed_gives_the_losses_of_ddp(outcome: Outcome, backend: str) -> No
             assert largest(weights, torch.zeros_like(weights)) > 1
         elif weights.is_floating_point() and weights.numel():
             difference = (weights.double() - theirs["model"][name].double()).abs().mean()
-            assert float(difference) < 2e-5, name
+            assert float(difference) < 5e-6, name
 
 
 @pytest.mark.parametrize("backend", ["ZeRO-1", "ZeRO-2"])
@@ -177,10 +176,9 @@ def test_the_number_of_processes_changes_no_loss(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path: Path, stage: int) -> None:  # noqa: F811
+def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """To the same end, bit for bit; and on one process under DDP, over the same batches."""
-    yaml = f"deepspeed_zero{stage}"
+    yaml = "deepspeed_zero2"
     status, said = launch_two(tmp_path, config_path, {"run": "reference"}, yaml)
     assert status == 0, said
     status, said = launch_two(tmp_path, config_path, {"run": "killed", "rank": 1, "kill": "step", "at": 5}, yaml)
@@ -189,10 +187,10 @@ def test_a_run_under_deepspeed_is_killed_and_resumed(config_path: Path, tmp_path
     status, said = launch_two(tmp_path, config_path, {"run": "killed"}, yaml)
     assert status == 0, said
     assert_same_end(tmp_path / "killed", tmp_path / "reference")
-    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "killed"))["backend"] == f"ZeRO-{stage}"
+    assert checkpoint.read_meta(checkpoint.find_checkpoint(tmp_path / "killed"))["backend"] == "ZeRO-2"
     statuses, texts = in_turn(tmp_path, config_path, [{"run": "elsewhere", "settings": ["train.accumulation=2"]}])
     assert statuses == [0], texts
-    assert f"world_size 2 -> 1, backend ZeRO-{stage} -> DDP" in texts[0]
+    assert "world_size 2 -> 1, backend ZeRO-2 -> DDP" in texts[0]
     losses = [[(r["step"], r["loss"]) for r in records(tmp_path / run)] for run in ("elsewhere", "reference")]
     assert dict(losses[0]) == pytest.approx(dict(losses[1]), rel=1e-4)
 

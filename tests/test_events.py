@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_resume import in_turn, launch_two
+from lives import in_turn
+from test_resume import launch_two
 from test_train import config_path, own_process_state, records  # noqa: F401 -- fixtures
 
 from lalic.config import read_config
@@ -75,10 +76,10 @@ def test_the_first_failure_is_the_cause_of_the_others(tmp_path: Path) -> None:
 LONGER = ["stages=[{steps: 9, lr: 1e-3, crop: 64}]", "data.val=", "health.max_skipped=2", "checkpoint.keep=9"]
 
 ORDERS: list[dict[str, Any]] = [
-    {"run": "whole", "kill": "step", "at": 3, "settings": LONGER},
+    {"run": "whole", "kill": "step", "at": 3, "written": 2, "settings": LONGER},
     {"run": "whole", "kill": "SIGUSR1", "at": 3, "broken": [3], "settings": LONGER},
     {"run": "whole", "broken": [3, 4], "settings": LONGER},
-    {"run": "killed", "kill": "step", "at": 3, "settings": LONGER},
+    {"run": "killed", "kill": "step", "at": 3, "written": 2, "settings": LONGER},
     {"run": "stopped", "kill": "SIGTERM", "at": 4, "settings": LONGER},
     {"run": "failed", "broken": [3, 4], "settings": [*LONGER, "health.on_nonfinite=stop"]},
     {"run": "refused", "settings": ["data.shards=/nowhere"]},
@@ -117,7 +118,7 @@ def test_history_of_a_run(runs: Path) -> None:
     assert by_kind["skipped"]["loss"] == "nan" and by_kind["skipped"]["broken_rank"] == 0
     assert by_kind["rollback"]["to_step"] == 2
     assert by_kind["stopped"]["reason"] == "SIGUSR1"
-    assert by_kind["checkpoint"]["stopped_seconds"] > 0
+    assert by_kind["checkpoint"]["stopped_seconds"] > 0 and by_kind["checkpoint"]["write_seconds"] > 0
     assert {event["world_size"] for event in history} == {1}
 
 

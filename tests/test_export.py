@@ -247,6 +247,17 @@ class TestCommand:
         main(["--run", str(run_folder), "--output", str(tmp_path), "--best"])
         assert verify_bundle(tmp_path / "lalic-mse-q4")["step"] == 500
 
+    def test_of_the_best_step_that_is_there(self, run_folder: Path, tmp_path: Path) -> None:
+        """The best one could not be written; what was measured on its own weights tells the next."""
+        for step, loss in ((600, 1.7), (700, 1.6)):
+            meta = json.loads((run_folder / "checkpoints" / "step-00001000" / "meta.json").read_text())
+            meta |= {"step": step, "metrics": {"step": step, "loss": loss}}
+            weights = torch.load(run_folder / "checkpoints" / "step-00001000" / "model.pt", weights_only=True)
+            save(run_folder, step, tensors={"model.pt": weights}, texts={}, meta=meta)
+        (run_folder / "checkpoints" / "step-00000500" / "MANIFEST.json").unlink()
+        main(["--run", str(run_folder), "--output", str(tmp_path), "--best"])
+        assert verify_bundle(tmp_path / "lalic-mse-q4")["step"] == 700
+
     def test_card_tells_the_training(self, run_folder: Path, tmp_path: Path) -> None:
         main(["--run", str(run_folder), "--output", str(tmp_path)])
         text = (tmp_path / "lalic-mse-q4" / "README.md").read_text()

@@ -254,7 +254,7 @@ class TestClimb:
         sweeps("--qualities", "1,2")
         before = {p: p.stat().st_mtime_ns for q in (1, 2) for p in sweeps.run(q).rglob("*")}
         status, out, _ = sweeps("--qualities", "1-3")
-        assert status == 0 and "q1: " in out
+        assert status == 0 and "q1: " in out and out.count("lambda  state") == 1
         assert sweeps.started() == ["q1", "q2", "q3"]
         assert before == {p: p.stat().st_mtime_ns for p in before}
 
@@ -380,6 +380,7 @@ class TestClimb:
         (sweeps.run(1) / "GO").touch()
         assert process.wait(300) == 0, sweeps.said()
         assert sweeps.started() == ["q1", "q2"]
+        assert sweeps.said().count("lambda  state") == 2
 
 
 def launcher_holds(run: Path) -> bool:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import sweep_program
 
 from lalic.errors import LalicError
 from lalic.sweep.cli import main
@@ -88,11 +89,29 @@ def test_the_script_uses_the_same_folders(slurm: Slurm) -> None:
     for run, given in (("runs/tiny-q3", []), ("elsewhere/tiny-q2", slurm.submitted()[0].split()[4:])):
         Path(run).mkdir(parents=True, exist_ok=True)
         (Path(run) / "DONE").write_text("{}")
-        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": run[-1], "SLURM_JOB_ID": "7"}
+        job = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": run[-1],
+            "SLURM_JOB_NUM_NODES": "1",
+        }
         done = subprocess.run(
-            ["bash", "launch/train.slurm", "configs/tiny.yaml", *given], env=environment, capture_output=True, text=True
+            ["bash", "launch/train.slurm", "configs/tiny.yaml", *given],
+            env={**os.environ, **job, "SLURM_RESTART_COUNT": "1"},
+            capture_output=True,
+            text=True,
         )
-        assert (done.returncode, done.stdout) == (0, f"{run} is finished\n"), done.stderr
+        assert done.returncode == 0 and f"{run} is finished" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_finished_rung_that_was_given_more_steps(slurm: Slurm) -> None:
+    finish(1)
+    sweep_program.save(Path("runs/tiny-q1"), 4)
+    (Path("runs/tiny-q1") / "checkpoints" / "step-00000004" / "config.yaml").write_text(CONFIG.replace("3}", "1}"))
+    sweep("--qualities", "1")
+    assert slurm.submitted() == []
+    sweep("--qualities", "1", "stages.0.steps=9")
+    assert [line.split()[1] for line in slurm.submitted()] == ["--array=1"]
 
 
 def test_again_leaves_alone_what_is_in_the_queue(slurm: Slurm, capsys: pytest.CaptureFixture[str]) -> None:

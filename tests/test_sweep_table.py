@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sweep_program
@@ -52,6 +53,7 @@ def test_of_damaged_folders(config: Path, tmp_path: Path, capsys: pytest.Capture
     runs = tmp_path / "runs"
     whole, cut, damaged, file, strange = (runs / f"tiny-q{q}" for q in range(1, 6))
     for run in (whole, cut, damaged):
+        sweep_program.event(run, "started", 0, total_steps=sweep_program.STEPS)
         for step in (1, 2):
             sweep_program.save(run, step)
             sweep_program.log(run, step)
@@ -83,6 +85,10 @@ def test_of_damaged_folders(config: Path, tmp_path: Path, capsys: pytest.Capture
     assert (runs / "tiny.sweep.md").read_text().count("\n| ") == 8
 
 
+def status(run: Path, state: Any, step: int = 0, total: int | None = None, **more: Any) -> RunStatus:
+    return RunStatus(str(run), state, step=step, total_steps=total, **more)
+
+
 def statuses(ladder: Ladder) -> dict[Path, RunStatus]:
     runs = [rung.run for rung in ladder.by_quality]
     validation = {"step": 1000, "bpp": 0.1234, "psnr": 30.126, "ms_ssim": 0.97, "loss": 1.5}
@@ -90,14 +96,14 @@ def statuses(ladder: Ladder) -> dict[Path, RunStatus]:
     best = {"step": 1000, "loss": 1.5}
     speed = {"images_per_second": 61.25, "eta_seconds": 18_700.0, "skipped_steps": 3, "rollbacks": 1}
     found = [
-        RunStatus(runs[0], "finished", 2000, 2000, **seen, best=best, last_checkpoint=2000),
-        RunStatus(runs[1], "running", 120, 2000, **speed, last_checkpoint=100),
-        RunStatus(runs[2], "stopped", 50, None, loss=float("nan")),
-        RunStatus(runs[3], "failed", 7, 2000),
-        RunStatus(runs[4], "new"),
-        RunStatus(runs[5], "new"),
+        status(runs[0], "finished", 2000, 2000, **seen, best=best, last_checkpoint=2000),
+        status(runs[1], "running", 120, 2000, **speed, last_checkpoint=100),
+        status(runs[2], "stopped", 50, None, loss=float("nan")),
+        status(runs[3], "failed", 7, 2000, detail="no gradient"),
+        status(runs[4], "new"),
+        status(runs[5], "new"),
     ]
-    return {status.run: status for status in found}
+    return {Path(s.run): s for s in found}
 
 
 TEXT = """\
@@ -109,6 +115,7 @@ q  lambda  state          step    loss    bpp   PSNR  val bpp  val PSNR         
 5   0.025  failed            -       -      -      -        -         -              -      -           -  -
 6  0.0483  waiting           -       -      -      -        -         -              -      -           -  -
 q2: 3 steps skipped, 1 rollback
+q4 failed: no gradient
 q5 failed: no space
 """  # noqa: E501
 
@@ -134,13 +141,13 @@ def test_ms_ssim_has_a_column(config: Path, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_reason_holds_until_the_run_moves(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {rung.run: RunStatus(rung.run, "stopped", 5, 10) for rung in ladder.rungs}
+    known = {rung.run: status(rung.run, "stopped", 5, 10) for rung in ladder.rungs}
     monkeypatch.setattr(table, "read_status", lambda run: known[run])
     table.write_rows(ladder, table.read_rows(ladder, {1: "no space", 2: None}))
     assert [row.error for row in table.read_rows(ladder)][:2] == ["no space", None]
     first = ladder.rungs[0].run
     for state, step in (("running", 5), ("finished", 5), ("stopped", 6)):
-        known[first] = RunStatus(first, state, step, 10)
+        known[first] = status(first, state, step, 10)
         assert (row := table.read_rows(ladder)[0]).error is None and row.state == state
 
 

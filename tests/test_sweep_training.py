@@ -20,7 +20,7 @@ from lalic.export import main as export
 from lalic.sweep.launcher import _descendants
 from lalic.training import checkpoint
 
-STEPS = 60
+STEPS = 30
 
 
 def sweep_command(config: Path, runs: Path, *more: str) -> list[str]:
@@ -56,6 +56,7 @@ def kill_in_the_middle(command: list[str], run: Path) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_ladder_that_is_killed(
     config_path: Path,  # noqa: F811
     tmp_path: Path,

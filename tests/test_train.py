@@ -674,6 +674,12 @@ def test_log_is_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_a_save_does_not_wait_for_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = environment.versions()
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: pytest.fail("git is asked again"))
+    assert environment.versions() == first and first["code"]
+
+
 def test_random_state_survives_a_file(tmp_path: Path) -> None:
     import random
 

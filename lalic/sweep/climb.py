@@ -56,6 +56,7 @@ class Climb:
         self.ladder, self.launcher = ladder, launcher
         self.failures: dict[int, str | None] = {}
         self._written = 0.0
+        self._shown = False
         self._hurdle: str | None = None
 
     def run(self) -> int:
@@ -152,11 +153,12 @@ class Climb:
             say(f"the table could not be written to {json_path(self.ladder)}: {error.strerror}")
 
     def _show(self) -> None:
+        self._shown = True
         self._write()
         say("\n" + text(self.ladder, read_rows(self.ladder, self.failures), time.time()) + "\n")
 
     def _closing_words(self, asked: Asked) -> int:
-        if not self.failures:
+        if not self._shown:
             self._show()
         rungs = self.ladder.by_quality
         open_rungs = [r for r in rungs if not r.finished]

@@ -43,15 +43,10 @@ class Rung:
         return bool(checkpoint.steps_on_disk(self.run))
 
     @property
-    def marked_done(self) -> bool:
-        """Whether the run has come to an end, which may be that of a shorter config."""
-        return (self.run / DONE).exists()
-
-    @property
     def finished(self) -> bool:
         """Whether there is nothing left to train; a run that the config has given more steps is not finished."""
         old = self.config_on_disk()
-        return self.marked_done and (old is None or old.stages == self.config.stages)
+        return (self.run / DONE).exists() and (old is None or old.stages == self.config.stages)
 
     def config_on_disk(self) -> RunConfig | None:
         """The config of the newest checkpoint; None when there is none that can be read."""

@@ -6,6 +6,7 @@ the queue.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,6 @@ from lalic.files import write_text
 from lalic.sweep.plan import Ladder, Rung
 from lalic.training.run_folder import is_held
 
-SCRIPT = Path("launch") / "train.slurm"
 JOB = "slurm-job"
 
 
@@ -25,14 +25,14 @@ def submit(ladder: Ladder, options: Sequence[str]) -> list[str]:
 
     Rungs that begin with another one's weights wait for its job to end well. Raises LalicError when sbatch fails.
     """
-    if not SCRIPT.is_file():
-        raise LalicError(f"there is no {SCRIPT} here: submit from the checkout")
+    if not _script().is_file():
+        raise LalicError(f"there is no {_script()}: submit from the checkout, or set LALIC_ROOT")
     queued = _queued()
     told: list[str] = []
     jobs = {r.quality: job for r in ladder.rungs if (job := _job_of(r)) is not None and job in queued}
     open_rungs: list[Rung] = []
     for rung in ladder.rungs:
-        if rung.marked_done:
+        if rung.finished:
             told.append(f"{rung.name}: {rung.run} is finished")
         elif rung.quality in jobs:
             told.append(f"{rung.name}: job {jobs[rung.quality]} is in the queue already")
@@ -43,7 +43,7 @@ def submit(ladder: Ladder, options: Sequence[str]) -> list[str]:
     for rungs in _together(open_rungs):
         parent = rungs[0].parent
         waits = []
-        if parent and not parent.marked_done and not all(r.begun for r in rungs):
+        if parent and not parent.finished and not all(r.begun for r in rungs):
             if parent.quality not in jobs:
                 raise LalicError(f"{parent.name}, with whose weights others begin, is trained by no job of the queue")
             waits = [f"--dependency=afterok:{jobs[parent.quality]}"]
@@ -68,7 +68,7 @@ def _together(rungs: Iterable[Rung]) -> list[list[Rung]]:
 def _sbatch(ladder: Ladder, rungs: Sequence[Rung], options: Sequence[str]) -> str:
     """Submit one array job and return its number."""
     array = ",".join(str(r.quality) for r in sorted(rungs, key=lambda r: r.quality))
-    command = ["sbatch", "--parsable", f"--array={array}", *options, str(SCRIPT), str(ladder.config)]
+    command = ["sbatch", "--parsable", f"--array={array}", *options, str(_script()), str(ladder.config)]
     command += [*rungs[0].settings, f"run.dir={ladder.prefix}"]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -79,6 +79,11 @@ def _sbatch(ladder: Ladder, rungs: Sequence[Rung], options: Sequence[str]) -> st
         said = " ".join((done.stderr or done.stdout).split())
         raise LalicError(f"sbatch ended with status {done.returncode}: {said}")
     return number[0]
+
+
+def _script() -> Path:
+    """In the checkout, which the script looks for in the same way."""
+    return Path(os.environ.get("LALIC_ROOT", "")) / "launch" / "train.slurm"
 
 
 def _job_of(rung: Rung) -> str | None:

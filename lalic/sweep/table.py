@@ -62,6 +62,8 @@ def _row(rung: Rung, known: Mapping[int, str | None], before: Mapping[int, tuple
         error = reason if step == status.step else None
     if state in ("running", "finished"):
         error = None
+    elif state == "failed":
+        error = error or status.detail or "see its log"
     return Row(rung.quality, rung.config.loss.multiplier, "failed" if error else state, error, status, _saved(status))
 
 
@@ -112,6 +114,8 @@ def _finite(value: Any) -> Any:
     """None for what JSON has no number for."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import pickle
 import re
@@ -172,6 +173,20 @@ def read_meta(checkpoint: str | Path) -> dict[str, Any]:
     if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
         raise LalicError(f"{path} is damaged: it holds no step")
     return meta
+
+
+def best_on_disk(run: Path) -> int | None:
+    """Step of the complete checkpoint with the lowest validation loss of its own, None when none was validated.
+
+    It is the best step of the run unless that could not be written. Completeness is judged by sizes.
+    """
+    losses: dict[int, float] = {}
+    for step in steps_on_disk(run):
+        if problem(folder_of(run, step), contents=False) is None:
+            metrics = read_meta(folder_of(run, step)).get("metrics") or {}
+            if metrics.get("step") == step and math.isfinite(metrics.get("loss", math.nan)):
+                losses[step] = metrics["loss"]
+    return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
 def load_tensors(checkpoint: str | Path, name: str) -> Any:

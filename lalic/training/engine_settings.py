@@ -34,8 +34,8 @@ ZERO_SETTINGS = {
 }
 """Of `zero_optimization`: those that change neither what is computed nor how the parameters are cut."""
 
-HARMLESS = {"steps_per_print", "wall_clock_breakdown", "memory_breakdown", "comms_logger", "communication_data_type"}
-"""Top-level settings that are handed on as they are."""
+HARMLESS = {"comms_logger", "memory_breakdown", "steps_per_print", "wall_clock_breakdown"}
+"""Top-level settings that are handed on as they are: what DeepSpeed prints."""
 
 
 def deepspeed_asked() -> bool:

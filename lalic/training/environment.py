@@ -7,6 +7,7 @@ import platform
 import random
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def job() -> dict[str, str]:
     return {"job": number} if number else {}
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Code and libraries, as meta.json records them."""
+    """Code and libraries of this process, as meta.json records them; asked for once, since git takes its time."""
     names = ("torch", "compressai", "accelerate", "numpy", "pytorch-msssim")
     return {
         "lalic": lalic.__version__,

@@ -7,7 +7,7 @@ log.jsonl is cut back where a resumed run does steps again; this file is not: it
     started            a new run: total_steps                 skipped        a step that was not finite
     resumed            total_steps, world_size_before,        rollback       from_step, to_step
                        changed                                stopped        reason
-    checkpoint         stopped_seconds, write_seconds         stalled        ranks, message
+    checkpoint         stopped_seconds, write_seconds, bytes  stalled        ranks, message
     checkpoint_failed  error                                  failed         error
                                                               finished
 """

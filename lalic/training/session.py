@@ -33,7 +33,7 @@ from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
 from lalic.training.tracking import Tracker
 from lalic.training.validate import validate
-from lalic.training.writer import CheckpointWriter, Written
+from lalic.training.writer import CheckpointWriter
 
 logger = logging.getLogger("lalic.train")
 
@@ -80,11 +80,6 @@ class Session:
     def model(self) -> LALIC:
         """The bare model, without DDP."""
         return self.stepper.bare
-
-    @property
-    def last_save(self) -> Written | None:
-        """What is known of the last checkpoint, on the first rank: how long the step stood still, and the rest."""
-        return self.writer.last if self.writer else None
 
     def __enter__(self) -> Session:
         return self
@@ -318,10 +313,14 @@ class Session:
 
     def _prune(self) -> Callable[[Path, int], None]:
         """The retention rule as it is now, for when the checkpoint is in place."""
-        rule, protected = self.config.checkpoint, self._protected()
+        rule, protected, best = self.config.checkpoint, self._protected(), self.best["step"] if self.best else None
 
         def prune(run: Path, written: int) -> None:
-            checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=protected)
+            stay = set(protected)
+            if best is not None and checkpoint.problem(checkpoint.folder_of(run, best), contents=False) is not None:
+                # It could not be written: the best of those that are there takes its place.
+                stay |= {step for step in [checkpoint.best_on_disk(run)] if step is not None}
+            checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=stay)
 
         return prune
 

@@ -80,7 +80,7 @@ class CheckpointWriter:
         with `must` the caller asks `must_be_written`, which tells it.
         """
         began = time.perf_counter() if began is None else began
-        if self._thread is not None and self._thread.is_alive():
+        if self.writing:
             logger.info("the checkpoint of step %d waits until that of step %d is written", step, self._step)
         self.wait()
         try:
@@ -120,6 +120,16 @@ class CheckpointWriter:
 
         self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         self._thread.start()
+
+    @property
+    def writing(self) -> bool:
+        """Whether a write is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory that the copies take, from the first save on."""
+        return self._copies.nbytes
 
     def wait(self) -> Written | None:
         """Wait for the write under way; what became of the last save."""
