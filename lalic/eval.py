@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     for path in args.checkpoints:
         if not path.exists():
             raise LalicError(f"no such checkpoint: {path}")
+    if args.result:
+        args.result.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of evaluating
 
     results: list[Row] = []
     records: list[Row] = []

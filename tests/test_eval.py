@@ -70,6 +70,11 @@ def report(checkpoints: list[Path], images: Path, tmp_path_factory: pytest.TempP
     return {**evaluate(checkpoints, images, folder, *flags), "folder": folder}
 
 
+def test_the_folder_of_the_result_is_made(checkpoints: list[Path], images: Path, tmp_path: Path) -> None:
+    evaluate(checkpoints[:1], images, tmp_path / "made" / "here")
+    assert (tmp_path / "made/here/result.json").exists()
+
+
 class TestReal:
     def test_published_tools_can_read_it(self, report: dict[str, Any]) -> None:
         assert report["name"] == "LALIC"
