@@ -197,6 +197,10 @@ class TrainSection:
     init_from: str | None = field(default=None, metadata=_MAY_CHANGE)
     """Weights to start a new run from: a .pth or .safetensors file, a release bundle, a run or a checkpoint."""
 
+    ema: float | None = field(default=None, metadata=_MAY_CHANGE)
+    """Decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and
+    exported; null: none. It does not touch the training."""
+
     cpu_threads: int | None = field(default=None, metadata=_MAY_CHANGE)
     """Threads per process on the CPU; null shares the cores among the processes of a machine. Bits of the
     results depend on it."""
@@ -206,6 +210,7 @@ class TrainSection:
         _check(self.accumulation >= 1, "train.accumulation", self.accumulation, "at least 1")
         _check(self.clip >= 0, "train.clip", self.clip, "0 (off) or positive")
         _check(self.aux_lr > 0, "train.aux_lr", self.aux_lr, "positive")
+        _check(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "between 0 and 1, or null")
         threads = self.cpu_threads
         _check(threads is None or threads >= 1, "train.cpu_threads", threads, "at least 1, or null")
         self.micro_batch(1)
@@ -282,9 +287,37 @@ class CheckpointSection:
     keep: int = field(default=3, metadata=_MAY_CHANGE)
     """Newest checkpoints that stay, besides the best one."""
 
+    keep_every: int | None = field(default=None, metadata=_MAY_CHANGE)
+    """Checkpoints of steps that are multiples of this stay for ever; null: none does."""
+
     def __post_init__(self) -> None:
         _check(self.every >= 1, "checkpoint.every", self.every, "at least 1")
         _check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        for_ever = self.keep_every
+        _check(for_ever is None or for_ever >= 1, "checkpoint.keep_every", for_ever, "at least 1, or null")
+
+
+@dataclass(frozen=True)
+class HealthSection:
+    """`health`: what happens to steps that are not finite, and to ranks that stand still."""
+
+    max_skipped: int = field(default=10, metadata=_MAY_CHANGE)
+    """A step with a loss or gradient that is not finite is skipped; so many in a row are too many."""
+
+    on_nonfinite: Literal["rollback", "stop"] = field(default="rollback", metadata=_MAY_CHANGE)
+    """After too many: back to the weights of the last good checkpoint, and on with the data that follow; or stop."""
+
+    max_rollbacks: int = field(default=3, metadata=_MAY_CHANGE)
+    """How often a run may go back to the same checkpoint before it stops."""
+
+    stall_timeout: float | None = field(default=1800, metadata=_MAY_CHANGE)
+    """Seconds without progress of some rank after which the run ends and names it; null: it waits for ever."""
+
+    def __post_init__(self) -> None:
+        _check(self.max_skipped >= 1, "health.max_skipped", self.max_skipped, "at least 1")
+        _check(self.max_rollbacks >= 0, "health.max_rollbacks", self.max_rollbacks, "0 or more")
+        limit = self.stall_timeout
+        _check(limit is None or limit > 0, "health.stall_timeout", limit, "positive, or null")
 
 
 @dataclass(frozen=True)
@@ -319,6 +352,7 @@ class RunConfig:
     """One after the other; the optimisers' state goes on from one to the next."""
     validate: ValidateSection = ValidateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    health: HealthSection = HealthSection()
     log: LogSection = LogSection()
 
     def __post_init__(self) -> None:

@@ -10,12 +10,16 @@ import argparse
 import logging
 import os
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from lalic.config import RunConfig, read_config
 from lalic.errors import LalicError, run_main
+
+if TYPE_CHECKING:
+    from lalic.training.stop import StopRequest
 
 logger = logging.getLogger("lalic.train")
 
@@ -23,11 +27,11 @@ logger = logging.getLogger("lalic.train")
 def train(config: RunConfig) -> None:
     """Run a training to its end, or to the step at which it is asked to stop."""
     # Imported here, because `--help` and a wrong config need not wait for torch.
-    from lalic.training.distributed import on_first_rank, start_processes
+    from lalic.training.agreement import Agreement
+    from lalic.training.distributed import SharedError, on_first_rank, start_processes
     from lalic.training.run_folder import RunFolder
     from lalic.training.session import Session
-    from lalic.training.stop import StopNow, StopRequest
-    from lalic.training.tracking import Tracker
+    from lalic.training.stop import StopRequest
 
     accelerator = start_processes(config.train)
     folder = RunFolder(config.folder)
@@ -37,47 +41,63 @@ def train(config: RunConfig) -> None:
         return
     session = Session(accelerator, config, resume_from)
     on_first_rank(accelerator, lambda: folder.record(config))
-    stop = StopRequest(folder.stop_file if accelerator.is_main_process else None)
-    # Ranks that have their data already wait for the others in the step: one rank of many may not leave before it.
-    alone = accelerator.num_processes == 1
-    with stop, closing(Tracker(accelerator, config, session.step, session.schedule)) as tracker:
-        if session.validation_due():
-            session.validate(tracker)
-        for stage in session.schedule.remaining(session.step):
-            batches = session.micro_batches(stage)
-            while session.step < stage.end:
+    agreement = Agreement(accelerator)
+    stop = StopRequest(folder.stop_file, spread=accelerator.num_processes > 1)
+    with stop, closing(session.tracker) as tracker:
+        if session.validation_due() and not agreement.leave(stop.reason):
+            session.validate(folder)
+        while not session.done:
+            session.recover(folder)
+            stage, batches = session.stage, session.micro_batches()
+            while session.step < stage.end and not session.halted:
                 started = time.perf_counter()
-                waiting: AbstractContextManager[None] = stop.at_once() if alone else nullcontext()
-                try:
-                    with waiting:
-                        micro_batches = list(islice(batches, config.train.accumulation))
-                except (StopNow, LalicError) as ended:
-                    if alone:
-                        session.keep(folder)
-                    if isinstance(ended, LalicError):
-                        raise
-                    logger.info("stopped at step %d: %s, while waiting for data", session.step, stop.reason)
+                micro_batches, failure = fetch(batches, config.train.accumulation, stop)
+                if leaving := agreement.leave(stop.reason, failure):
+                    session.keep(folder)
+                    if leaving.failure:
+                        raise SharedError(leaving.failure)
+                    logger.info("stopped at step %d: %s", session.step, leaving.reason)
                     return
                 waited = time.perf_counter() - started
-                result = session.stepper(micro_batches, step=session.step, lr=stage.lr, asked_to_stop=stop.is_requested)
+                result = session.stepper(micro_batches, step=session.step, lr=stage.lr)
                 session.step += 1
+                session.note_skipped()
                 log_due = session.step % config.log.every == 0 or session.step == stage.end
-                asked = result.stop
-                if asked or log_due or session.validation_due() or session.save_due():
-                    asked = session.stepper.settle()
-                stopping = asked and not session.done
+                if log_due or session.validation_due() or session.save_due():
+                    session.settle()
                 tracker.add(result, micro_batches, seconds=time.perf_counter() - started, waited=waited)
-                if log_due or stopping:
+                if session.halted:
+                    break
+                if log_due:
                     tracker.write(session.step, stage, session.stepper.compiled_graphs)
-                if session.validation_due() and not stopping:
-                    session.validate(tracker)
-                if session.save_due() or stopping:
-                    session.save(folder, must=stopping or session.done)
-                if stopping:
-                    logger.info("stopped at step %d: %s", session.step, stop.reason or "asked on another rank")
-                    return
+                # A stop does not wait for a validation: the resumed run makes up for it.
+                if session.validation_due() and not agreement.leave(stop.reason):
+                    session.validate(folder)
+                if session.save_due():
+                    session.save(folder, must=session.done)
     on_first_rank(accelerator, lambda: folder.finish(session.step))
     logger.info("finished after %d steps", session.step)
+
+
+def fetch(
+    batches: Iterator[Mapping[str, Any]], count: int, stop: StopRequest
+) -> tuple[list[Mapping[str, Any]], str | None]:
+    """The next `count` micro-batches, and what went wrong instead; neither, when the run is asked to stop."""
+    from lalic.data.loader import worker_failure
+    from lalic.training.stop import StopNow
+
+    try:
+        with stop.at_once():
+            return list(islice(batches, count)), None
+    except StopNow:
+        return [], None
+    except LalicError as error:
+        return [], str(error)
+    except RuntimeError as error:
+        # torch raises this one from a signal handler, wherever the program happens to be.
+        if failure := worker_failure(error):
+            return [], str(failure)
+        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,7 +127,9 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
 
     from lalic.data.loader import worker_failure
     from lalic.training.distributed import SharedError
+    from lalic.training.stop import stop_with_launcher
 
+    stop_with_launcher()
     try:
         train(config)
     except SharedError:

@@ -459,7 +459,7 @@ def test_a_run_that_waits_for_data_or_cannot_have_them_keeps_its_steps(config_pa
         began = time.monotonic()
         said = child.communicate(timeout=50)[1]
         assert child.returncode == (0 if end == "stop" else 2), said
-        assert ("while waiting for data" if end == "stop" else "is missing at") in said
+        assert ("stopped at step 1: SIGTERM" if end == "stop" else "is missing at") in said
         assert time.monotonic() - began < 30
         (kept,) = (tmp_path / "run" / "checkpoints").glob("step-*")
         assert 1 <= int(kept.name.removeprefix("step-")) < 7

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,49 @@ KILLS = {
 }
 
 
-def arrange(order: dict[str, Any]) -> None:
-    """Make this process meet its end where the order says. `at` counts from 0 for steps, as saved for saves."""
+def break_steps(broken: list[int]) -> None:
+    """The loss of these steps, counted from 0, is not finite on this rank."""
     from lalic.training.step import TrainStep
 
+    backward = TrainStep._backward
+
+    def breaks(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
+        terms = backward(self, pixels, step, *more)
+        return {**terms, "loss": terms["loss"] * float("nan")} if step in broken else terms
+
+    TrainStep._backward = breaks  # type: ignore[method-assign]
+
+
+def spoil_data(how: str, at: int) -> None:
+    """The batch of step `at` cannot be read on this rank, or does not come."""
+    from lalic.errors import LalicError
+    from lalic.training.session import Session
+
+    micro_batches = Session.micro_batches
+
+    def spoiled(self: Session) -> Any:
+        batches = micro_batches(self)
+        while True:
+            if self.step == at and how == "unreadable":
+                raise LalicError("the shard is gone")
+            if self.step == at:
+                print("waits for its data", file=sys.stderr, flush=True)
+                time.sleep(400)
+            yield next(batches)
+
+    Session.micro_batches = spoiled  # type: ignore[method-assign]
+
+
+def arrange(order: dict[str, Any]) -> None:
+    """Make this process meet its end where the order says. `at` counts from 0 for steps ("once": the first), as
+    saved for saves."""
+    from lalic.training.step import TrainStep
+
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == order.get("broken_rank", rank):
+        break_steps(order.get("broken", []))
+    if rank == order.get("data_rank", 0) and "data" in order:
+        spoil_data(order["data"], order["data_at"])
     kill, at = order.get("kill"), order.get("at")
     if str(order.get("rank", os.environ.get("RANK", "0"))) != os.environ.get("RANK", "0"):
         return
@@ -56,11 +96,13 @@ def arrange(order: dict[str, Any]) -> None:
 
         def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
             values = backward(self, pixels, step, *more)
-            if step == at and kill == "step":
+            if at not in (step, "once"):
+                pass
+            elif kill == "step":
                 end()
-            elif step == at and kill == "STOP":
+            elif kill == "STOP":
                 Path(order["run"], "STOP").touch()
-            elif step == at:
+            else:
                 os.kill(os.getpid(), getattr(signal, kill))
             return values
 
@@ -346,11 +388,40 @@ def test_killed_at_three_points_and_resumed_on_two_processes(config_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu1", "cpu2"])
+def test_ranks_do_not_train_on_without_their_launcher(config: str, config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """kill -9 of the launcher: its ranks save a checkpoint and leave, and the next start has the folder."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{config}.yaml"), "-m", "lalic.train"]
+    settings = [f"run.dir={tmp_path / 'run'}", "data.val=", "checkpoint.every=100000"]
+    long = "stages=[{steps: 100000, lr: 1e-4, crop: 64}]"
+    command = [*launcher, "--config", str(config_path), *settings, long]
+    with open(tmp_path / "said", "w+") as said:
+        running = subprocess.Popen(command, stderr=said, stdout=said, env=environment())
+        log = tmp_path / "run" / "log.jsonl"
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert running.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        running.kill()
+        running.wait()
+    steps = len(log.read_text().splitlines())
+    try:
+        # The next start waits for the orphans' lock, and finds what they have saved.
+        end = {"run": "run", "settings": [*settings[1:], long], "kill": "SIGTERM", "at": "once"}
+        (status,), (text,) = in_turn(tmp_path, config_path, [end])
+        assert status == 0, text
+    finally:
+        (tmp_path / "run" / "STOP").touch()  # an orphan that has not heard of anything does not stay behind
+    first, *_ = sorted(checkpoint.steps_on_disk(tmp_path / "run"))
+    assert first >= steps and f"resumed from {checkpoint.folder_of(tmp_path / 'run', first)}" in text
+
+
+@pytest.mark.slow
 def test_one_rank_of_two_is_asked_to_stop(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """The ranks agree on the step, save and exit with 0; and another number of ranks goes on."""
     status, said = launch_two(tmp_path, config_path, {"run": "r", "rank": 1, "kill": "SIGUSR1", "at": 2})
     assert status == 0, said
-    assert "stopped at step 3: asked on another rank" in said
+    assert "stopped at step 3: SIGUSR1 on rank 1" in said
     assert checkpoint.find_checkpoint(tmp_path / "r").name == "step-00000003"
     statuses, said = in_turn(tmp_path, config_path, [{"run": "r", "settings": ["train.accumulation=2"]}])
     assert statuses == [0]

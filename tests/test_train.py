@@ -299,8 +299,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
         monkeypatch.setattr(step, "rate_distortion", broken)
     else:
         ours.main_parameters[0].register_hook(lambda g: g + float("inf"))
-    with pytest.raises(SharedError, match=r"step 2 is not finite .* was not applied"):
-        ours([{"x": pixels(4), "bad": 0}], step=1, lr=1e-4)
+    assert float(ours([{"x": pixels(4), "bad": 0}], step=1, lr=1e-4).left_out) == 1
     assert all(torch.equal(v, weights[k]) for k, v in ours.bare.state_dict().items())
     assert json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist()) == moments
 

@@ -1,4 +1,4 @@
-"""A step does not wait for the device, and is refused all the same when it is not finite.
+"""A step does not wait for the device, and is left out all the same when it is not finite.
 
 The lag of CUDA, where a step's verdict is read one step later, is set by hand here.
 """
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lalic.config import LossSection, TrainSection
 from lalic.model import LALIC
 from lalic.training import checkpoint, step
-from lalic.training.distributed import SharedError, start_processes
+from lalic.training.distributed import start_processes
 from lalic.training.step import TrainStep
 
 READS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_cpu")
@@ -73,7 +73,7 @@ def test_no_value_goes_to_the_host_within_a_step(settings: dict[str, Any]) -> No
     ours = lagging(1, **settings)
     take(ours, 0)
     with CountReads() as reads:
-        take(ours, 1, asked_to_stop=lambda: True)
+        take(ours, 1)
     assert reads.seen == []
 
 
@@ -93,46 +93,64 @@ def test_the_lag_changes_no_bit() -> None:
         ours = lagging(lag)
         for number in range(3):
             take(ours, number)
-        assert ours.settle() is False
+        ours.verdicts.settle()
         states.append(state(ours))
     assert same(states[0], states[1]) and same(states[0], states[2])
 
 
-@pytest.mark.parametrize("lag", [1, 2])
-def test_a_broken_step_ends_the_run_later_but_changes_nothing(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the broken step nor the good ones that were queued behind it are applied, quantiles included."""
-    ours = lagging(lag)
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_broken_step_is_no_step_and_the_next_one_is(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, moments, step counts and quantiles as if the broken step had not been there."""
+    ours, other = lagging(lag), lagging(lag)
     take(ours, 0)
     before = state(ours)
     with monkeypatch.context() as patch:
         break_loss(patch)
-        take(ours, 1)
-    assert same(state(ours), before)
-    for number in range(2, 1 + lag):
-        take(ours, number)
-    with pytest.raises(SharedError, match=r"step 2 is not finite \(loss nan, .* was not applied"):
-        take(ours, 1 + lag)
-    assert same(state(ours), before)
+        result = take(ours, 1)
+    assert float(result.left_out) == 1 and same(state(ours), before)
+    take(ours, 2)
+    ours.verdicts.settle()
+    assert [s.step for s in ours.verdicts.unseen] == [1] and ours.verdicts.in_row == 0
+    assert "step 2 (loss nan, gradient norm nan on this rank)" in str(ours.verdicts.unseen[0])
+    for number in (0, 2):
+        take(other, number)
+    assert same(state(ours), state(other)) and not same(state(ours), before)
 
 
-def test_settling_finds_a_broken_step_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = lagging(1)
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_too_many_broken_steps_halt_at_the_same_step_with_any_lag(lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is queued behind the third broken step is not applied, though it is good."""
+    ours = lagging(lag)
+    ours.verdicts.limit = 3
     take(ours, 0)
-    assert ours.settle() is False
-    break_loss(monkeypatch)
-    take(ours, 1)
-    with pytest.raises(SharedError, match="step 2 is not finite"):
-        ours.settle()
+    before = state(ours)
+    with monkeypatch.context() as patch:
+        break_loss(patch)
+        for number in (1, 2, 3):
+            assert ours.verdicts.halted_at is None
+            take(ours, number)
+    for number in range(4, 4 + lag):
+        assert ours.verdicts.halted_at is None
+        take(ours, number)
+    assert (ours.verdicts.halted_at, ours.verdicts.in_row) == (4, 3)
+    ours.verdicts.settle()
+    assert (ours.verdicts.halted_at, ours.verdicts.in_row) == (4, 3)
+    assert [s.step for s in ours.verdicts.unseen] == [1, 2, 3] and same(state(ours), before)
+    ours.verdicts.restart()
+    take(ours, 4)
+    assert not same(state(ours), before)
 
 
-def test_a_stop_is_known_one_step_later_or_when_settled() -> None:
+def test_a_good_step_ends_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = lagging(1)
-    assert take(ours, 0, asked_to_stop=lambda: True).stop is False
-    assert take(ours, 1).stop is True
-    ours = lagging(1)
-    take(ours, 0, asked_to_stop=lambda: True)
-    assert ours.settle() is True
-    assert take(lagging(0), 0, asked_to_stop=lambda: True).stop is True
+    ours.verdicts.limit = 2
+    for number in range(6):
+        with monkeypatch.context() as patch:
+            if number % 2:
+                break_loss(patch)
+            take(ours, number)
+    ours.verdicts.settle()
+    assert ours.verdicts.halted_at is None and len(ours.verdicts.unseen) == 3
 
 
 @pytest.fixture
@@ -143,25 +161,6 @@ def always_lagging(monkeypatch: pytest.MonkeyPatch) -> None:
         original(self, *arguments, **{**more, "lag": 1})
 
     monkeypatch.setattr(TrainStep, "__init__", init)
-
-
-def test_a_run_with_a_lag_writes_nothing_of_a_broken_step(
-    always_lagging: None,
-    config_path: Any,  # noqa: F811
-    tmp_path: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Step 4 is broken and a checkpoint is due: the run ends there, with the checkpoint of step 2 as its last."""
-    original = TrainStep._backward
-
-    def breaks(self: TrainStep, x: Any, number: int, *more: int) -> Any:
-        terms = original(self, x, number, *more)
-        return {**terms, "loss": terms["loss"] * float("inf")} if number == 3 else terms
-
-    monkeypatch.setattr(TrainStep, "_backward", breaks)
-    with pytest.raises(SharedError, match="step 4 is not finite"):
-        run(config_path, tmp_path / "run", "log.every=100", "validate.every=100")
-    assert checkpoint.steps_on_disk(tmp_path / "run") == [2]
 
 
 def test_a_run_with_a_lag_ends_with_the_same_bits(
@@ -198,5 +197,5 @@ def test_cuda_is_not_waited_for(precision: Any, monkeypatch: pytest.MonkeyPatch)
             ours([{"x": x, "bad": 0}], step=number, lr=1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert ours.settle() is False
+    ours.verdicts.settle()
     assert float(ours.optimizer.state_dict()["state"][0]["step"]) == 5

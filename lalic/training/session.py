@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lalic.remote import without_password
 from lalic.training import checkpoint
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, seed_from, together
 from lalic.training.environment import device_name, random_state, set_random_state, versions
+from lalic.training.recovery import Health, read_weights, rollback_target
 from lalic.training.run_folder import CONFIG, RunFolder
 from lalic.training.schedule import Schedule, Stage, plan
 from lalic.training.step import TrainStep
@@ -97,12 +98,22 @@ class Session:
         self.best: dict[str, Any] | None = None
         self.metrics: dict[str, Any] | None = None
         self.saved_step: int | None = None
-        self.stepper = TrainStep(accelerator, inputs.model, config.train, config.loss, config.run.seed)
+        self.stepper = TrainStep(
+            accelerator,
+            inputs.model,
+            config.train,
+            config.loss,
+            config.run.seed,
+            max_skipped=config.health.max_skipped,
+        )
+        self.tracker = Tracker(accelerator, config, self.schedule)
+        self.health = Health()
         if inputs.saved:
             self._restore(**inputs.saved)
             logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
         else:
             logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
+        self.tracker.open(self.step)
 
     @property
     def model(self) -> LALIC:
@@ -114,9 +125,14 @@ class Session:
         """Whether the last step is done."""
         return self.step >= self.schedule.total_steps
 
-    def micro_batches(self, stage: Stage) -> Iterator[Mapping[str, Any]]:
-        """This rank's micro-batches of what is left of a stage."""
-        data, train = self.config.data, self.config.train
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next step; at the end, the last one."""
+        return next(iter(self.schedule.remaining(self.step)), self.schedule.stages[-1])
+
+    def micro_batches(self) -> Iterator[Mapping[str, Any]]:
+        """This rank's micro-batches of what is left of the stage."""
+        data, train, stage = self.config.data, self.config.train, self.stage
         start = self.step - stage.first_step
         loader = together(
             self.accelerator,
@@ -147,26 +163,88 @@ class Session:
         due = self.step % self.config.validate.every == 0 or self.done
         return bool(self.images) and due and self.step > 0 and (self.metrics or {}).get("step") != self.step
 
-    def validate(self, tracker: Tracker) -> None:
-        """Measure the validation images, and note the step when it is the best so far."""
+    def validate(self, folder: RunFolder) -> None:
+        """Measure the validation images, and note the step when it is the best so far.
+
+        When an image cannot be read any more, the steps that are done are saved before the error is raised.
+        """
         log = self.config.log
         nth = self.step // self.config.validate.every
         pictures = log.images if nth % log.images_every == 0 or self.done else 0
-        metrics, shown = validate(
-            self.accelerator,
-            self.model,
-            self.images,
-            self.config.loss,
-            crop=self.config.data.val_crop,
-            pictures=pictures,
-        )
+        try:
+            metrics, shown = validate(
+                self.accelerator,
+                self.model,
+                self.images,
+                self.config.loss,
+                crop=self.config.data.val_crop,
+                pictures=pictures,
+            )
+        except SharedError:
+            self.keep(folder)
+            raise
         # A loss that is not finite is smaller than nothing.
         is_best = metrics["loss"] < (self.best["loss"] if self.best else float("inf"))
         self.metrics = {"step": self.step, **metrics}
         if is_best:
             self.best = {"step": self.step, "loss": metrics["loss"]}
         if self.accelerator.is_main_process:
-            tracker.validation(self.step, metrics, shown, is_best)
+            self.tracker.validation(self.step, metrics, shown, is_best)
+
+    def settle(self) -> None:
+        """Wait until it is known of every step whether it was applied, and take note of those that were not."""
+        verdicts = self.stepper.verdicts
+        verdicts.settle()
+        self.note_skipped()
+        if verdicts.halted_at is not None:
+            self.step = verdicts.halted_at  # what was queued behind it was not applied
+
+    def note_skipped(self) -> None:
+        """Count and tell the skipped steps that are known of by now."""
+        for skipped in self.stepper.verdicts.unseen:
+            self.health = replace(self.health, skipped=self.health.skipped + 1)
+            if self.accelerator.is_main_process:
+                logger.warning("skipped, because it is not finite: %s", skipped)
+        self.stepper.verdicts.unseen.clear()
+
+    @property
+    def halted(self) -> bool:
+        """Whether too many steps in a row were not finite, as far as is known; never at the end of a run."""
+        return self.stepper.verdicts.halted_at is not None and not self.done
+
+    def recover(self, folder: RunFolder) -> None:
+        """Where the run is halted: back to the weights of the last good checkpoint, and on past the data.
+
+        The position stays: step number s takes the same batch whatever happened before it. Raises SharedError when
+        the config says so, there is no such checkpoint, or the run went back to it too often.
+        """
+        if not self.halted:
+            return
+        self.settle()
+        health, verdicts = self.config.health, self.stepper.verdicts
+        row = f"the last {verdicts.in_row} steps up to {self.step} were not finite and were not applied"
+        advice = "lower the learning rate of the stage, or use train.precision=fp32"
+        if health.on_nonfinite == "stop":
+            raise SharedError(f"{row} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
+        begin = self.step - verdicts.in_row
+        target = on_first_rank(
+            self.accelerator,
+            lambda: rollback_target(folder.path, self.health, begin, self.config.checkpoint.every),
+        )
+        if target is None:
+            raise SharedError(f"{row}, and there is no checkpoint before them to go back to: {advice}")
+        back = checkpoint.read_meta(target)["step"]
+        often = self.health.rollbacks_to(back)
+        if often >= health.max_rollbacks:
+            raise SharedError(f"{row}, after {often} returns to {target} (health.max_rollbacks): {advice}")
+        state = together(self.accelerator, lambda: read_weights(target))
+        self.model.load_state_dict(state["model"])
+        self.stepper.load_state_dict(state["optimizer"])
+        verdicts.restart()
+        self.health = self.health.after_rollback(back, self.step)
+        self.saved_step = None
+        if self.accelerator.is_main_process:
+            logger.warning("%s: back to the weights of %s, and on with the data of step %d", row, target, self.step + 1)
 
     def save_due(self) -> bool:
         """Whether this step belongs on the disk: by the interval, as the best so far, or as the last one."""
@@ -181,11 +259,12 @@ class Session:
         the log; with `must` it ends instead, in one line.
         """
         check_equal(self.accelerator, self.model.parameters())
-        generators = gather_object([random_state(self.accelerator.device)])
+        own = {**random_state(self.accelerator.device), "log": self.tracker.state_dict()}
+        ranks = gather_object([own])
 
         def write() -> str | None:
             try:
-                path = self._write(folder.path, generators)
+                path = self._write(folder.path, ranks)
             except OSError as error:
                 reason = error.strerror or str(error)
                 message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
@@ -199,12 +278,13 @@ class Session:
             self.saved_step = self.step
 
     def keep(self, folder: RunFolder) -> None:
-        """Write a checkpoint of the steps that are done, unless it is there; for one process that cannot go on."""
-        self.stepper.settle()
+        """Write a checkpoint of the steps that are done, unless it is there; for a run that cannot go on."""
+        self.settle()
         if self.step and self.saved_step != self.step:
             self.save(folder, must=True)
 
-    def _write(self, run: Path, generators: list[Any]) -> Path:
+    def _write(self, run: Path, ranks: list[Any]) -> Path:
+        # Of the step that was done last: a stage that is only about to begin may still be changed.
         stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
         meta = {
             "step": self.step,
@@ -217,6 +297,7 @@ class Session:
             "loss": {"metric": self.config.loss.metric, "lambda": self.config.loss.multiplier},
             "best": self.best,
             "metrics": self.metrics,
+            "health": {**asdict(self.health), "in_row": self.stepper.verdicts.in_row},
             "shards": self.index.fingerprint,
             "world_size": self.accelerator.num_processes,
             "cpu_threads": torch.get_num_threads(),
@@ -229,23 +310,36 @@ class Session:
             tensors={
                 "model.pt": self.model.state_dict(),
                 "optimizer.pt": self.stepper.state_dict(),
-                "rng.pt": dict(enumerate(generators)),
+                "rng.pt": dict(enumerate(ranks)),
             },
             texts={CONFIG: config_text(self.config)},
             meta=meta,
         )
-        best = [self.best["step"]] if self.best else []
-        checkpoint.prune(run, self.config.checkpoint.keep, best)
+        checkpoint.prune(run, self.config.checkpoint.keep, self._protected())
         logger.info("checkpoint %s", path)
         return path
 
+    def _protected(self) -> set[int]:
+        """Steps whose checkpoints are needed still: the best one, and the one to go back to."""
+        begin = self.step - self.stepper.verdicts.in_row
+        best = {self.best["step"]} if self.best else set()
+        return best | self.health.may_return_to(begin, self.config.checkpoint.every)
+
     def _restore(self, meta: dict[str, Any], optimizer: dict[str, Any], rng: dict[int, Any]) -> None:
         self.stepper.load_state_dict(optimizer)
-        rank = self.accelerator.process_index
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        logs = [state.pop("log") for state in rng.values() if "log" in state]
+        self.tracker.load_state_dicts(logs[rank : rank + 1] if size == len(logs) else logs if rank == 0 else [])
         if rank in rng:
             set_random_state(rng[rank], self.accelerator.device)
         self.step = self.saved_step = meta["step"]
         self.best, self.metrics = meta["best"], meta["metrics"]
+        health = dict(meta.get("health", {}))
+        in_row = health.pop("in_row", 0)
+        self.health = Health(**health)
+        self.stepper.verdicts.restart(in_row)
+        if in_row >= self.config.health.max_skipped:
+            self.stepper.verdicts.halted_at = self.step
         self._tell_what_changed(meta)
 
     def _tell_what_changed(self, meta: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ main loss gives the quantiles exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,15 +35,16 @@ class StepResult:
     values: dict[str, Tensor]
     """Scalars of this rank: those of `rate_distortion`, "aux" and "gradient_norm"."""
 
-    stop: bool
-    """Some rank was asked to stop, as far as is known; the same on all of them."""
+    left_out: Tensor
+    """1 when the step was not applied, because some rank's was not finite, else 0; on the device as well."""
 
 
 class TrainStep:
     """The model, its two optimisers, and the step. Calling it does one optimiser step over the global batch.
 
-    On CUDA nothing in a step waits for the device: whether it was finite, and whether some rank was asked to stop, is
-    read `lag` = 1 steps later (lalic.training.verdicts). `settle` waits; call it before the state is used.
+    A step that is not finite on some rank is applied on none: weights, moments and step counts stay. On CUDA nothing
+    in a step waits for the device: whether it was finite is read `lag` = 1 steps later (lalic.training.verdicts).
+    `verdicts.settle` waits; call it before the state is used.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TrainStep:
         loss: LossSection,
         seed: int,
         *,
+        max_skipped: int = 10,
         lag: int | None = None,
     ):
         self.accelerator, self.train, self.seed = accelerator, train, seed
@@ -72,48 +74,31 @@ class TrainStep:
         self.model: nn.Module
         self.model, self.optimizer = accelerator.prepare(model, main)
         self._optimizers = (main, self.aux_optimizer)
-        self.verdicts = Verdicts(accelerator, int(accelerator.device.type == "cuda") if lag is None else lag)
+        lag = int(accelerator.device.type == "cuda") if lag is None else lag
+        self.verdicts = Verdicts(accelerator, lag, max_skipped)
         check_equal(accelerator, model.parameters())
 
-    def __call__(
-        self,
-        micro_batches: Sequence[Mapping[str, Any]],
-        *,
-        step: int,
-        lr: float,
-        asked_to_stop: Callable[[], bool] = lambda: False,
-    ) -> StepResult:
+    def __call__(self, micro_batches: Sequence[Mapping[str, Any]], *, step: int, lr: float) -> StepResult:
         """Step number `step` (from 0) on this rank's micro-batches.
 
         Args:
             micro_batches: `train.accumulation` items with "x", uint8 (m, 3, H, W).
-            asked_to_stop: whether this rank was; looked at after the backward pass, where the ranks agree.
-
-        When the loss or a gradient of any rank is not finite, neither this step nor a later one is applied, and
-        SharedError is raised: here, or with a lag by a later call or by `settle`.
         """
         with compile_errors() if self.compiler else nullcontext():
             terms = [self._backward(batch["x"], step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
         values = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         largest = self.train.clip or float("inf")
         values["gradient_norm"] = nn.utils.clip_grad_norm_(self.main_parameters, largest)
-        broken = self.verdicts.give(step, values, asked_to_stop())
+        left_out = self.verdicts.give(step, values)
         for optimizer in self._optimizers:
             # How GradScaler tells them: where it is 1, the kernel leaves weights, moments and step count alone.
-            optimizer.found_inf = broken  # type: ignore[attr-defined]
+            optimizer.found_inf = left_out  # type: ignore[attr-defined]
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         values["aux"] = self._auxiliary_step()
         self.verdicts.read()
-        return StepResult(values, self.verdicts.stop)
-
-    def settle(self) -> bool:
-        """Wait until it is known that all steps were applied; returns whether some rank was asked to stop.
-
-        Raises SharedError when a step was not finite. All ranks call it at the same steps.
-        """
-        return self.verdicts.settle()
+        return StepResult(values, left_out)
 
     @property
     def compiled_graphs(self) -> int | None:

@@ -31,22 +31,26 @@ class Tracker:
     (a full disk) is reported once and does not end the run.
     """
 
-    def __init__(self, accelerator: Accelerator, config: RunConfig, step: int, schedule: Schedule):
+    def __init__(self, accelerator: Accelerator, config: RunConfig, schedule: Schedule):
         self.accelerator, self.schedule = accelerator, schedule
         self.batch_size = config.train.batch_size
-        self._first_step, self._started = step, time.monotonic()
         self._complained = False
         self._memory = PeakMemory(accelerator.device)
+        self._folder = config.folder
         self._log = config.folder / LOG
         self._board: Any = None
         self._reset()
-        if accelerator.is_main_process:
+
+    def open(self, step: int) -> None:
+        """Begin to write, for a run of which `step` steps are done."""
+        self._first_step, self._started = step, time.monotonic()
+        if self.accelerator.is_main_process:
             # TensorBoard takes seconds to import.
             from torch.utils.tensorboard import SummaryWriter
 
             keep_until(self._log, step)
             # What a killed run wrote past its last checkpoint is done again and would stand there twice.
-            self._board = SummaryWriter(str(config.folder / TENSORBOARD), purge_step=step + 1)
+            self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=step + 1)
 
     def _reset(self) -> None:
         self._names: list[str] = []
@@ -54,12 +58,36 @@ class Tracker:
         self._steps = self._bad = 0
         self._busy = self._waited = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has added up since the last log line, so that a resumed run writes the same next one."""
+        return {
+            "names": list(self._names),
+            "sums": None if self._sums is None else self._sums.cpu(),
+            "steps": self._steps,
+            "bad": self._bad,
+            "busy": self._busy,
+            "waited": self._waited,
+        }
+
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from these: this rank's own, or on the first of another number of ranks those of all."""
+        for state in states:
+            if state["sums"] is None:
+                continue
+            sums = state["sums"].to(self.accelerator.device)
+            self._names = list(state["names"])
+            self._sums = sums if self._sums is None else self._sums + sums
+            self._steps, self._bad = state["steps"], self._bad + state["bad"]
+            self._busy, self._waited = state["busy"], state["waited"]
+
     def add(
         self, result: StepResult, micro_batches: Sequence[Mapping[str, Any]], *, seconds: float, waited: float
     ) -> None:
         """Take note of one step: its values, how long it took, and how much of that went on waiting for data."""
         self._names = list(result.values)
-        values = torch.stack(list(result.values.values())).detach().double()
+        # The last entry counts the steps: what is not finite was not applied and is in no mean.
+        values = torch.stack([*result.values.values(), torch.ones_like(result.left_out)]).detach().double()
+        values = torch.where(result.left_out.bool(), 0.0, values)
         self._sums = values if self._sums is None else self._sums + values
         self._steps += 1
         self._bad += sum(batch["bad"] for batch in micro_batches)
@@ -74,15 +102,16 @@ class Tracker:
         if self._sums is None:
             return
         sums = torch.cat((self._sums, self._sums.new_full((1,), self._bad)))
-        *means, bad = sum_over_ranks(self.accelerator, sums).tolist()
-        count = self._steps * self.accelerator.num_processes
-        values = {name: value / count for name, value in zip(self._names, means, strict=True)}
+        *totals, count, bad = sum_over_ranks(self.accelerator, sums).tolist()
+        # Without one step that was applied there is no mean: null in the JSON.
+        values = {n: t / count if count else math.nan for n, t in zip(self._names, totals, strict=True)}
         speed = self._steps * self.batch_size / self._busy
         extra = {
             "lr": stage.lr,
             "images_per_second": speed,
             "data_wait_share": self._waited / self._busy,
             "bad_samples": int(bad),
+            "skipped_steps": self._steps - round(count / self.accelerator.num_processes),
             "memory_gib": self._memory.bytes() / 2**30,
         }
         if compiled_graphs is not None:

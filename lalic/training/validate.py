@@ -24,7 +24,7 @@ from lalic.config import MS_SSIM_MIN_SIDE, LossSection
 from lalic.data.images import read_rgb
 from lalic.errors import LalicError
 from lalic.model import LALIC
-from lalic.training.distributed import sum_over_ranks
+from lalic.training.distributed import sum_over_ranks, together
 
 logger = logging.getLogger("lalic.train")
 
@@ -53,7 +53,8 @@ def validate(
     model.set_compute_dtype(None)
     table = torch.zeros(len(images), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
     shown: Pictures = []
-    try:
+
+    def measure_own() -> None:
         for i, path in enumerate(images):
             wanted = i < pictures and accelerator.is_main_process
             if i % accelerator.num_processes != accelerator.process_index and not wanted:
@@ -63,6 +64,10 @@ def validate(
                 table[i] = row
             if wanted:
                 shown.append((path.name, picture))
+
+    try:
+        # An image that has gone ends all ranks alike, not one of them alone.
+        together(accelerator, measure_own)
     finally:
         model.train(training)
         model.set_compute_dtype(compute_dtype)
