@@ -11,11 +11,14 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove the virtual environment and what the demo wrote"
 
-# The stamp is newer than pyproject.toml once the installation has gone through.
+# The stamp is newer than pyproject.toml once the installation has gone through. deepspeed comes last and not isolated,
+# because it comes as source, and its setup wants the torch that it will run with. Nothing of it is compiled.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet 'setuptools>=77' wheel
+	DS_BUILD_OPS=0 $(VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[deepspeed]'
 	touch $@
 
 install: $(VENV)/.installed

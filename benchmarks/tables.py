@@ -212,6 +212,28 @@ def remote_shards(result: dict[str, Any]) -> str:
     return section("Remote shards", result, table(titles, rows))
 
 
+def backends(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [
+        (
+            r["run"],
+            f"{r['first']:.4f}",
+            f"{r['last']:.4f}",
+            *(f"{r['validation'][k]:.4f}" if k in r["validation"] else "" for k in ("loss", "bpp", "psnr")),
+            f"{r['loss_largest_first_tenth']:.1e}",
+            f"{r['loss_largest']:.1e}",
+            f"{r['loss_mean']:.1e}",
+            f"{r['aux_largest']:.1e}",
+        )
+        for r in result["rows"]
+    ]
+    title = f"{s['steps']} steps, batch {s['batch']}, crop {s['crop']}"
+    titles = (title, "first loss", "last loss", "validation: loss", "bpp", "PSNR")
+    apart = (f"apart, first {s['steps'] // 10} steps", "apart, largest", "apart, mean", "auxiliary loss, largest")
+    note = "Apart: the relative difference of the training loss from that of the first row, at the same step."
+    return section("Loss curves of the backends", result, table((*titles, *apart), rows), note)
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -222,6 +244,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "loader": loader,
     "sample_order": sample_order,
     "remote_shards": remote_shards,
+    "backends": backends,
     "kernel_resources": resources,
 }
 

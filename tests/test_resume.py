@@ -186,13 +186,13 @@ def in_turn(folder: Path, config: Path, orders: list[dict[str, Any]]) -> tuple[l
     return json.loads(done.stdout.splitlines()[-1]), said
 
 
-def launch_two(folder: Path, config: Path, order: dict[str, Any]) -> tuple[int, str]:
+def launch_two(folder: Path, config: Path, order: dict[str, Any], yaml: str = "cpu2") -> tuple[int, str]:
     """One order on two processes, started by accelerate as people start it."""
     order = {"config": str(config), **order, "run": str(folder / order["run"])}
     file = folder / "order.json"
     file.write_text(json.dumps(order))
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / "cpu2.yaml")]
+    launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml"), "--num_processes", "2"]
     done = subprocess.run(
         [*launcher, __file__, "--one", str(file)], capture_output=True, text=True, timeout=500, env=environment()
     )

@@ -29,8 +29,9 @@ from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.training import checkpoint, environment, session, step
 from lalic.training.distributed import SharedError, on_first_rank, seed_from, start_processes
+from lalic.training.engine import keep_out_of_ddp
 from lalic.training.schedule import plan
-from lalic.training.step import TrainStep, keep_out_of_ddp
+from lalic.training.step import TrainStep
 from lalic.training.tracking import duration, keep_until
 from lalic.training.validate import validate
 
@@ -288,7 +289,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
     ours = stepper()
     ours([{"x": pixels(4), "bad": 0}], step=0, lr=1e-4)
     weights = {k: v.clone() for k, v in ours.bare.state_dict().items()}
-    moments = json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist())
+    moments = json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist())
     if where == "loss":
         original = step.rate_distortion
 
@@ -301,7 +302,7 @@ def test_nothing_is_applied_that_is_not_finite(where: str, monkeypatch: pytest.M
         ours.main_parameters[0].register_hook(lambda g: g + float("inf"))
     assert float(ours([{"x": pixels(4), "bad": 0}], step=1, lr=1e-4).left_out) == 1
     assert all(torch.equal(v, weights[k]) for k, v in ours.bare.state_dict().items())
-    assert json.dumps(ours.optimizer.state_dict()["state"][0]["exp_avg"].tolist()) == moments
+    assert json.dumps(ours.engine.state_dict()["state"][0]["exp_avg"].tolist()) == moments
 
 
 def test_only_the_quantiles_are_kept_out_of_ddp() -> None:

@@ -198,4 +198,4 @@ def test_cuda_is_not_waited_for(precision: Any, monkeypatch: pytest.MonkeyPatch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     ours.verdicts.settle()
-    assert float(ours.optimizer.state_dict()["state"][0]["step"]) == 5
+    assert float(ours.engine.state_dict()["state"][0]["step"]) == 5

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lalic.config import TrainSection
 from lalic.errors import LalicError
+from lalic.training.engine_settings import deepspeed_asked, deepspeed_settings, hidden_from_accelerate
 
 logger = logging.getLogger("lalic.train")
 
@@ -47,16 +48,17 @@ def start_processes(train: TrainSection) -> Accelerator:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated", category=FutureWarning)
     # Gradients of the merged depthwise kernels are laid out otherwise than DDP's buckets: a copy of a few kB.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    accelerator = Accelerator(
-        # bf16 is run inside the model (lalic.model), where latents and likelihoods stay in float32.
-        mixed_precision="no",
-        cpu=not torch.cuda.is_available(),
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
-        ],
-    )
+    with hidden_from_accelerate():
+        accelerator = Accelerator(
+            # bf16 is run inside the model (lalic.model), where latents and likelihoods stay in float32.
+            mixed_precision="no",
+            cpu=not torch.cuda.is_available(),
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=TIMEOUT),
+            ],
+        )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise SharedError(
@@ -64,6 +66,13 @@ def start_processes(train: TrainSection) -> Accelerator:
             "apart; use one of launch/accelerate/*.yaml with --config_file"
         )
     together(accelerator, lambda: train.micro_batch(accelerator.num_processes))
+    if deepspeed_asked():
+        together(accelerator, lambda: deepspeed_settings(train, accelerator.num_processes))
+        if not dist.is_initialized():
+            raise SharedError(
+                "DeepSpeed needs processes that accelerate started: accelerate launch --config_file "
+                "launch/accelerate/deepspeed_zero1.yaml -m lalic.train ..."
+            )
     return accelerator
 
 

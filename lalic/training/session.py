@@ -261,10 +261,12 @@ class Session:
         check_equal(self.accelerator, self.model.parameters())
         own = {**random_state(self.accelerator.device), "log": self.tracker.state_dict()}
         ranks = gather_object([own])
+        # All ranks: under DeepSpeed each has a part of it.
+        optimizer = self.stepper.state_dict()
 
         def write() -> str | None:
             try:
-                path = self._write(folder.path, ranks)
+                path = self._write(folder.path, ranks, optimizer)
             except OSError as error:
                 reason = error.strerror or str(error)
                 message = f"the checkpoint of step {self.step} could not be written to {folder.path}: {reason}"
@@ -283,7 +285,7 @@ class Session:
         if self.step and self.saved_step != self.step:
             self.save(folder, must=True)
 
-    def _write(self, run: Path, ranks: list[Any]) -> Path:
+    def _write(self, run: Path, ranks: list[Any], optimizer: dict[str, Any]) -> Path:
         # Of the step that was done last: a stage that is only about to begin may still be changed.
         stage = next((s for s in self.schedule.stages if s.end >= self.step), self.schedule.stages[-1])
         meta = {
@@ -300,6 +302,7 @@ class Session:
             "health": {**asdict(self.health), "in_row": self.stepper.verdicts.in_row},
             "shards": self.index.fingerprint,
             "world_size": self.accelerator.num_processes,
+            "backend": self.stepper.engine.name,
             "cpu_threads": torch.get_num_threads(),
             "device": device_name(self.accelerator.device),
             "versions": versions(),
@@ -309,7 +312,7 @@ class Session:
             self.step,
             tensors={
                 "model.pt": self.model.state_dict(),
-                "optimizer.pt": self.stepper.state_dict(),
+                "optimizer.pt": optimizer,
                 "rng.pt": dict(enumerate(ranks)),
             },
             texts={CONFIG: config_text(self.config)},
@@ -346,11 +349,12 @@ class Session:
         """Log what keeps the rest of the run from having the bits of an uninterrupted one."""
         now = {
             "world_size": self.accelerator.num_processes,
+            "backend": self.stepper.engine.name,
             "cpu_threads": torch.get_num_threads(),
             "device": device_name(self.accelerator.device),
             **versions(),
         }
-        was = {**{k: meta.get(k) for k in now}, **meta.get("versions", {})}
+        was = {"backend": "DDP", **{k: meta[k] for k in now if k in meta}, **meta.get("versions", {})}
         changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
         if changed and self.accelerator.is_main_process:
             logger.warning(

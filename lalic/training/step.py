@@ -1,11 +1,11 @@
 """One optimiser step: the main parameters on the rate-distortion loss, the quantiles on the auxiliary one.
 
-    micro-batches ─► model (DDP) ─► loss / accumulation ─► backward ─► clip main ─► Adam main
-                                                         auxiliary loss ─► backward ─► Adam quantiles
+    micro-batches ─► model (engine) ─► loss / accumulation ─► backward ─► clip main ─► Adam main
+                                                            auxiliary loss ─► backward ─► Adam quantiles
 
-The quantiles of the entropy bottleneck stand outside DDP: the auxiliary loss does not depend on the data, so
-ranks that start equal stay equal. The clip sees the main parameters alone, as in the published recipe, where the
-main loss gives the quantiles exactly zero.
+The quantiles of the entropy bottleneck stand outside DDP and DeepSpeed: the auxiliary loss does not depend on the
+data, so ranks that start equal stay equal. The clip sees the main parameters alone, as in the published recipe, where
+the main loss gives the quantiles exactly zero.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from lalic.config import LossSection, TrainSection
 from lalic.model import LALIC
 from lalic.training.compiling import BlockCompiler, compile_errors
 from lalic.training.distributed import check_equal, seed_from
+from lalic.training.engine import build_engine
 from lalic.training.loss import rate_distortion
 from lalic.training.verdicts import Verdicts
 
@@ -67,13 +67,8 @@ class TrainStep:
         if self.compiler:
             self.compiler.attach(model)
         self.main_parameters = model.main_parameters()
-        keep_out_of_ddp(model, model.quantiles())
-        # The stage's learning rate comes with every step. Fused Adam alone leaves a step out without asking the host.
-        main = torch.optim.Adam(self.main_parameters, lr=0.0, fused=True)
+        self.engine = build_engine(accelerator, model, train)
         self.aux_optimizer = torch.optim.Adam(model.quantiles(), lr=train.aux_lr, fused=True)
-        self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(model, main)
-        self._optimizers = (main, self.aux_optimizer)
         lag = int(accelerator.device.type == "cuda") if lag is None else lag
         self.verdicts = Verdicts(accelerator, lag, max_skipped)
         check_equal(accelerator, model.parameters())
@@ -87,15 +82,11 @@ class TrainStep:
         with compile_errors() if self.compiler else nullcontext():
             terms = [self._backward(batch["x"], step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
         values = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
-        largest = self.train.clip or float("inf")
-        values["gradient_norm"] = nn.utils.clip_grad_norm_(self.main_parameters, largest)
+        values["gradient_norm"] = self.engine.clip()
         left_out = self.verdicts.give(step, values)
-        for optimizer in self._optimizers:
-            # How GradScaler tells them: where it is 1, the kernel leaves weights, moments and step count alone.
-            optimizer.found_inf = left_out  # type: ignore[attr-defined]
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.engine.step(lr, left_out)
+        # As the engine tells its own: a step that is left out is left out by both.
+        self.aux_optimizer.found_inf = left_out  # type: ignore[attr-defined]
         values["aux"] = self._auxiliary_step()
         self.verdicts.read()
         return StepResult(values, left_out)
@@ -113,11 +104,9 @@ class TrainStep:
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         # Its place in the global batch seeds a micro-batch's noise: the same on any number of ranks.
         torch.manual_seed(seed_from(self.seed, step, index * accelerator.num_processes + accelerator.process_index))
-        alone = isinstance(self.model, DistributedDataParallel) and index < count - 1
-        # DDP's hooks look at the setting of the forward pass, so both stand inside.
-        with accelerator.no_sync(self.model if alone else None):
-            terms = rate_distortion(self.model(x), x, self.metric, self.lmbda)
-            accelerator.backward(terms["loss"] / count)
+        with self.engine.micro_batch(last=index == count - 1) as model:
+            terms = rate_distortion(model(x), x, self.metric, self.lmbda)
+            self.engine.backward(terms["loss"] / count)
         return {name: value.detach() for name, value in terms.items()}
 
     def _auxiliary_step(self) -> Tensor:
@@ -129,19 +118,12 @@ class TrainStep:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Both optimisers, loadable with `weights_only`."""
-        return {"main": self.optimizer.state_dict(), "aux": self.aux_optimizer.state_dict()}
+        """Both optimisers, loadable with `weights_only`. All ranks call it; the first one alone gets all of it."""
+        return {"main": self.engine.state_dict(), "aux": self.aux_optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, for a model of the same architecture."""
-        self.optimizer.load_state_dict(state["main"])
+        self.engine.load_state_dict(state["main"])
         self.aux_optimizer.load_state_dict(state["aux"])
         for group in self.aux_optimizer.param_groups:
             group["lr"] = self.train.aux_lr
-
-
-def keep_out_of_ddp(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-    """Make a later DistributedDataParallel leave these parameters alone: no broadcast, no reduction."""
-    chosen = {id(p) for p in parameters}
-    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

@@ -1,0 +1,116 @@
+"""What runs the main parameters: one process or DDP here, DeepSpeed's ZeRO in engine_deepspeed.py.
+
+    start_processes ─► build_engine ─► DDPEngine         launcher: NO or MULTI_GPU
+                                  └──► DeepSpeedEngine   launcher: DEEPSPEED, stage 1 or 2
+
+The launcher alone chooses. An engine owns the main parameters and their Adam, and nothing else: the quantiles have
+an optimiser of their own in lalic.training.step. Its state on disk has one form under all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lalic.config import TrainSection
+from lalic.model import LALIC
+from lalic.training.engine_settings import deepspeed_asked, deepspeed_settings
+
+
+class Engine(Protocol):
+    """The main parameters through backward passes and steps. All ranks call the same methods in the same order."""
+
+    name: str
+    """For the log and for checkpoints: DDP, ZeRO-1 or ZeRO-2."""
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[nn.Module]:
+        """The model to call; forward and backward pass stand inside. Ranks exchange gradients in the last one."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a scalar; the ranks' are averaged."""
+
+    def clip(self) -> Tensor:
+        """The norm of the main parameters' gradients, the same on all ranks; where it is above `train.clip`, the
+        step takes them scaled down to that. Call it once, after the last backward pass. Not finite when they are
+        not."""
+
+    def step(self, lr: float, broken: Tensor) -> None:
+        """Adam's step, and gradients to zero. Where the scalar `broken` is 1, weights, moments and step count stay."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's state as torch.optim.Adam has it for whole parameters. All ranks call it; the first one gets it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`, after the weights were loaded; every rank gives the whole state."""
+
+
+def build_engine(accelerator: Accelerator, model: LALIC, train: TrainSection) -> Engine:
+    """The engine that the launcher asks for. Raises SharedError when DeepSpeed cannot follow the config."""
+    parameters = model.main_parameters()
+    # The stage's learning rate comes with every step. Fused Adam alone leaves a step out without asking the host.
+    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    if not deepspeed_asked():
+        return DDPEngine(accelerator, model, optimizer, train.clip)
+    from lalic.training.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(accelerator, model, optimizer, deepspeed_settings(train, accelerator.num_processes))
+
+
+class DDPEngine:
+    """One process, or several with the whole model each."""
+
+    name = "DDP"
+
+    def __init__(self, accelerator: Accelerator, model: LALIC, optimizer: torch.optim.Adam, clip: float):
+        keep_out_of_ddp(model, model.quantiles())
+        self.accelerator, self._main = accelerator, optimizer
+        self.parameters = optimizer.param_groups[0]["params"]
+        self.largest = clip or float("inf")
+        self.model: nn.Module
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[nn.Module]:
+        """See Engine."""
+        alone = isinstance(self.model, DistributedDataParallel) and not last
+        # DDP's hooks look at the setting of the forward pass.
+        with self.accelerator.no_sync(self.model if alone else None):
+            yield self.model
+
+    def backward(self, loss: Tensor) -> None:
+        """See Engine."""
+        self.accelerator.backward(loss)
+
+    def clip(self) -> Tensor:
+        """See Engine."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.largest)
+
+    def step(self, lr: float, broken: Tensor) -> None:
+        """See Engine."""
+        # How GradScaler tells it: where it is 1, the kernel leaves weights, moments and step count alone.
+        self._main.found_inf = broken  # type: ignore[attr-defined]
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Engine."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Engine."""
+        self.optimizer.load_state_dict(state)
+
+
+def keep_out_of_ddp(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Make a later DistributedDataParallel leave these parameters alone: no broadcast, no reduction."""
+    chosen = {id(p) for p in parameters}
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in chosen]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
