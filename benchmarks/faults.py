@@ -18,13 +18,17 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +288,7 @@ def _with_others(output: Path | None, name: str, found: dict[str, Any], command:
     result = {
         "command": command,
         "environment": describe(1),
-        "versions": versions(),
+        "versions": {**versions(), **_more_versions()},
         "checkpoint_every": EVERY,
         "setups": {key: setups[key] for key in SETUPS if key in setups},
     }
@@ -292,6 +296,14 @@ def _with_others(output: Path | None, name: str, found: dict[str, Any], command:
     if output:
         write_json(output, result)
     return result
+
+
+def _more_versions() -> dict[str, str]:
+    """Of DeepSpeed and SLURM, where they are installed."""
+    found = {"deepspeed": version("deepspeed")} if find_spec("deepspeed") else {}
+    if shutil.which("slurmctld"):
+        found["slurm"] = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
+    return found
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from test_train import write_images
 
 from benchmarks import fault_bits, faults
+from benchmarks.fault_kinds import SmallDisk
 from benchmarks.fault_plan import FILES
 from benchmarks.fault_runs import Attempt, Run
 from lalic.training import checkpoint
@@ -104,6 +105,52 @@ def test_all_processes_of_a_run_are_found_and_ended(tmp_path: Path) -> None:
         other.wait()
 
 
+WRITER = """
+import sys
+for line in sys.stdin:
+    try:
+        with open(line.strip(), "wb", buffering=0) as file:
+            written = file.write(bytes(100_000))
+            print("whole" if written == 100_000 else "cut", flush=True)
+    except OSError as error:
+        print(error.errno, flush=True)
+"""
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_small_disk_is_full_and_has_space_again(mounted: bool, tmp_path: Path, monkeypatch) -> None:
+    """The file system of its own; and the limit for the ranks, where none can be mounted."""
+    if not mounted:
+        monkeypatch.setattr("os.geteuid", lambda: 1000)
+    disk = SmallDisk(tmp_path / "run", size=4 << 20)
+    if disk.mounted != mounted:
+        pytest.skip("no file system can be mounted here")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    writer = subprocess.Popen([sys.executable, "-c", WRITER], **pipes)
+
+    class OneRank(Run):
+        def ranks(self) -> dict[int, int]:
+            return {0: writer.pid}
+
+    def write(name: str) -> str:
+        writer.stdin.write(f"{disk.folder / name}\n")
+        writer.stdin.flush()
+        return writer.stdout.readline().strip()
+
+    run = OneRank(disk.folder, None, "cpu1", 1)  # type: ignore[arg-type]
+    try:
+        assert write("before") == "whole"
+        disk.fill(run, 50_000)
+        assert write("while") != "whole" and write("again") != "whole"
+        disk.free(run)
+        assert write("after") == "whole"
+    finally:
+        writer.kill()
+        writer.wait()
+        disk.close()
+    assert not disk.folder.is_mount()
+
+
 def test_the_plan_is_as_large_as_promised() -> None:
     counts = [len(faults.planned(name, False, None, random.Random(0))) for name in faults.SETUPS]
     assert sum(counts) >= 60
@@ -112,12 +159,13 @@ def test_the_plan_is_as_large_as_promised() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_eight_faults_on_two_ranks(tmp_path: Path, root: Path) -> None:
     """Every run comes back with the bits of the undisturbed one, and loses no more than it must."""
     write_images(tmp_path / "photos")
     command = [sys.executable, str(root / "benchmarks" / "faults.py"), str(tmp_path / "photos"), "--quick"]
     command += ["--folder", str(tmp_path), "--output", str(tmp_path / "faults.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3500)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = json.loads((tmp_path / "faults.json").read_text())["setups"].values()
     assert len(found["records"]) == 8
