@@ -290,7 +290,9 @@ def obey(order: dict[str, Any]) -> int:
     from lalic.train import main
 
     arrange(order)
-    settings = [f"run.dir={order['run']}", *SETTINGS, *order.get("settings", [])]
+    own = order.get("settings", [])
+    usual = [setting for setting in SETTINGS if setting.split("=")[0] not in {s.split("=")[0] for s in own}]
+    settings = [f"run.dir={order['run']}", *usual, *own]
     try:
         run_main(lambda: main(["--config", order["config"], *settings]))
     except SystemExit as leaving:

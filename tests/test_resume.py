@@ -335,6 +335,13 @@ def test_two_processes_then_four_then_one(config_path: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_more_ranks_than_images_to_validate_on(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Without averaged weights; with them, four ranks are among those of the test above."""
+    status, said = launch(4, tmp_path, config_path, {"run": "r", "settings": ["train.ema=null"]})
+    assert status == 0, said
+
+
+@pytest.mark.slow
 def test_a_full_disk_is_the_same_to_both_ranks(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     """They agree on when to save, whatever became of it on the first rank, and on the end."""
     status, said = launch_two(tmp_path, config_path, {"run": "r", "full": [3, 4, 7]})

@@ -725,6 +725,29 @@ def test_validation_against_arithmetic(crop: int | None, config_path: Path) -> N
     assert name == "00.png" and picture.shape[0] == 3 and picture.shape[2] % 2 == 0
 
 
+def test_validation_leaves_ranks_without_an_image_with_the_same_weights(
+    config_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CompressAI's masked convolution overwrites its weights when it runs; four ranks, one image."""
+    from types import SimpleNamespace
+
+    from lalic.training import validate as module
+
+    monkeypatch.setattr(module, "together", lambda accelerator, action: action())
+    monkeypatch.setattr(module, "sum_over_ranks", lambda accelerator, table: table)
+    image = sorted((config_path.parent / "images").iterdir())[:1]
+    states = []
+    for rank in (0, 3):
+        torch.manual_seed(3)
+        model = LALIC(**TINY)
+        ranks: Any = SimpleNamespace(
+            num_processes=4, process_index=rank, is_main_process=rank == 0, device=torch.device("cpu")
+        )
+        validate(ranks, model, image, LossSection(metric="mse", quality=3), crop=64)
+        states.append(model.state_dict())
+    assert all(torch.equal(a, states[1][name]) for name, a in states[0].items())
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00:00"), (3725, "1:02:05"), (360_000, "100:00:00")])
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from compressai.layers import CheckerboardMaskedConv2d
 from pytorch_msssim import ms_ssim
 from torch import Tensor
 
@@ -52,6 +53,7 @@ def validate(
     training, compute_dtype = model.training, model.g_a.compute_dtype
     model.eval()
     model.set_compute_dtype(None)
+    _apply_masks(model)
     table = torch.zeros(len(images), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
     shown: Pictures = []
 
@@ -79,6 +81,17 @@ def validate(
     metrics: dict[str, Any] = {name: total / len(images) for name, total in zip(_METRICS, sums, strict=True)}
     metrics["ms_ssim"] = sums[-1] / with_ms_ssim if with_ms_ssim else None
     return {**metrics, "images": len(images)}, shown
+
+
+def _apply_masks(model: LALIC) -> None:
+    """Zero the weights that the checkerboard's masks hide.
+
+    CompressAI's forward pass does it in place. A rank that has no image would otherwise keep what the optimiser, or the
+    average, has moved there, and be left with other weights than the ranks that have one.
+    """
+    for module in model.modules():
+        if isinstance(module, CheckerboardMaskedConv2d):
+            module.weight.data = module.weight.data * module.mask
 
 
 def _measure(model: LALIC, image: Tensor, loss: LossSection, device: torch.device, path: Path) -> tuple[Tensor, Tensor]:
