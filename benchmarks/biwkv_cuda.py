@@ -2,8 +2,8 @@
 
 Ours in bfloat16 with float32 w and u, as in training, beside
 
-    floor       the time that reading and writing the tensors once takes at 3.0 TB/s: 6 bytes per element forward (k, v,
-                y), 10 backward (k, v, gy, gk, gv)
+    floor       the time that reading and writing the tensors once takes at the rate at which this GPU copies a large
+                tensor (3.0 TB/s on an H100): 6 bytes per element forward (k, v, y), 10 backward (k, v, gy, gk, gv)
     published   with --published CHECKOUT: the published CUDA kernel, with the casts to float32 and back that its code
                 makes around it
 
@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import lalic.ops  # noqa: F401 -- registers the operators
+
 # (calls, T, C) of one training step at crop 256: g_a and g_s, h_a and h_s, the channel contexts.
 CALLS = ((4, 16384, 96), (8, 4096, 144), (12, 1024, 256), (12, 64, 256), (8, 256, 320))
-FLOOR_BYTES_PER_SECOND = 3.0e12
+COPIED = 1 << 30  # elements of the copy that measures the rate, far more than the cache holds
 FLOOR_BYTES = {"forward": 6, "backward": 10}
 LONG = 4096  # tokens from which on a call is held against the floor
 INPUT_SETS = 4
@@ -53,9 +55,9 @@ def our_tasks(sets: list[tuple[Tensor, ...]]) -> dict[str, Task]:
     wide = [x.double() for x in (w, u, k[:1], v[:1], gy[:1])]
     want = reference.running_forward(*wide[:4]), *reference.running_backward(wide[4], *wide[:4])
     for name, a, b in (("y", got[0], want[0]), ("gk", got[3], want[3]), ("gv", got[4], want[4])):
-        error = ((a[:1].double() - b).abs().max() / b.square().mean().sqrt()).item()
-        if not error < 0.1:  # bfloat16, of values up to some rms
-            raise SystemExit(f"error: {name} is off by {error:.1e} of its rms; no times of wrong results")
+        error = ((a[:1].double() - b).norm() / b.norm()).item()
+        if not error < 1e-2:  # the rounding to bfloat16 alone is 2e-3
+            raise SystemExit(f"error: {name} is off by {error:.1e} of its norm; no times of wrong results")
     kept = [operator(*one[:4])[1] for one in sets]
 
     def run_forward(i: int) -> Any:
@@ -99,6 +101,13 @@ def seconds_of(task: Task, repeats: int) -> float:
     return start.elapsed_time(end) / 1e3 / repeats
 
 
+def copy_rate() -> float:
+    """Bytes read and written per second by a copy of a large tensor, the fastest of some."""
+    x = torch.empty(COPIED, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / min(seconds_of(lambda _: y.copy_(x), 3) for _ in range(5))
+
+
 def measure(B: int, rounds: int, published: Path | None) -> dict[str, Any]:
     """Times of every size and of all 44 calls, and their ratios."""
     operator = None
@@ -106,7 +115,9 @@ def measure(B: int, rounds: int, published: Path | None) -> dict[str, Any]:
         from benchmarks.published import load_operator
 
         operator = load_operator(published)
-    rows = [measure_size(B, T, C, calls, rounds, operator) for calls, T, C in CALLS]
+    rate = copy_rate()
+    torch.cuda.empty_cache()
+    rows = [measure_size(B, T, C, calls, rounds, operator, rate) for calls, T, C in CALLS]
     totals = {
         name: sum(row["calls"] * row["microseconds"][name] for row in rows) / 1e3 for name in rows[0]["microseconds"]
     }
@@ -130,10 +141,17 @@ def measure(B: int, rounds: int, published: Path | None) -> dict[str, Any]:
             "demanded": ">= 10",
             "met": theirs / ours >= 10,
         }
-    return {"batch": B, "dtype": "bfloat16", "sizes": rows, "milliseconds_of_44_calls": totals, "ratios": ratios}
+    return {
+        "batch": B,
+        "dtype": "bfloat16",
+        "copy_bytes_per_second": rate,
+        "sizes": rows,
+        "milliseconds_of_44_calls": totals,
+        "ratios": ratios,
+    }
 
 
-def measure_size(B: int, T: int, C: int, calls: int, rounds: int, operator: Any) -> dict[str, Any]:
+def measure_size(B: int, T: int, C: int, calls: int, rounds: int, operator: Any, rate: float) -> dict[str, Any]:
     """Times of one size."""
     sets = [inputs_of(B, T, C, seed) for seed in range(INPUT_SETS)]
     tasks = our_tasks(sets) | (published_tasks(operator, sets) if operator is not None else {})
@@ -148,14 +166,13 @@ def measure_size(B: int, T: int, C: int, calls: int, rounds: int, operator: Any)
         "T": T,
         "C": C,
         "microseconds": {name: 1e6 * statistics.median(runs) for name, runs in seconds.items()},
-        "floor_microseconds": {
-            way: 1e6 * per_element * B * T * C / FLOOR_BYTES_PER_SECOND for way, per_element in FLOOR_BYTES.items()
-        },
+        "floor_microseconds": {way: 1e6 * per_element * B * T * C / rate for way, per_element in FLOOR_BYTES.items()},
     }
 
 
 def print_table(result: dict[str, Any]) -> None:
     """One line per size, the sum of all calls, and the ratios with what is demanded of them."""
+    print(f"floor at {result['copy_bytes_per_second'] / 1e12:.2f} TB/s")
     names = list(result["milliseconds_of_44_calls"])
     print(f"{'calls':>5} {'T':>6} {'C':>4} " + " ".join(f"{name:>18}" for name in names))
     for row in result["sizes"]:

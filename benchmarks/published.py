@@ -1,21 +1,21 @@
 """The published LALIC with its CUDA operator, built for the GPU at hand; nothing in its checkout is changed.
 
 Its constructor compiles the operator for sm_86 alone, from sources that newer versions of torch do not take. Both are
-mended on the way to the compiler: another architecture flag, and copies of the sources in a temporary folder.
+mended on the way to the compiler: another architecture flag, and copies of the sources in the cache, always at the same
+place, so that only the first process on a machine waits for the compiler.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
+import hashlib
 import sys
-import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lalic.errors import LalicError
+from lalic.files import cache_folder, write_text
 
 REPLACEMENTS = (("k.type()", "k.scalar_type()"), ("#include <THC/THCAtomics.cuh>\n", ""))
 """What torch >= 1.11 has no more: dispatch on Tensor.type(), and the THC headers."""
@@ -62,14 +62,22 @@ def import_published(checkout: Path) -> ModuleType:
 def _build_here(build: Any, name: str, sources: list[str], extra_cuda_cflags: list[str], **more: Any) -> Any:
     import torch
 
-    folder = Path(tempfile.mkdtemp(prefix="published-biwkv-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copies = []
-    for source in map(Path, sources):
-        (folder / source.name).write_text(mended_source(source.read_text()))
-        copies.append(str(folder / source.name))
+    copies = [str(path) for path in mended_copies([Path(source) for source in sources], cache_folder())]
     flags = flags_for(extra_cuda_cflags, torch.cuda.get_device_capability())
     return build(name=name, sources=copies, extra_cuda_cflags=flags, **more)
+
+
+def mended_copies(sources: list[Path], cache: Path) -> list[Path]:
+    """Mended copies of the source files in a folder of their own, left alone when they are there already."""
+    texts = {source.name: mended_source(source.read_text()) for source in sources}
+    digest = hashlib.sha256("\0".join([*texts, *texts.values()]).encode()).hexdigest()[:16]
+    folder = cache / f"published-biwkv-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        path = folder / name
+        if not path.exists():  # renamed into place: then it is whole
+            write_text(path, text)
+    return [folder / name for name in texts]
 
 
 def load_operator(checkout: Path) -> Any:

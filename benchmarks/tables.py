@@ -20,8 +20,7 @@ HEAD = """# Benchmarks
 Each script measures beside a named baseline in one interleaved run, after checking that both sides compute the same,
 and writes its figures with the machine into `results/`. The tables here are made from those files by
 `python benchmarks/tables.py`. On a shared machine ratios vary by a tenth from run to run; where a script demands a
-ratio it ends with 1 when that is missed. Nothing here was measured on a GPU yet: the scripts take `--device cuda`
-for that.
+ratio it ends with 1 when that is missed.
 """
 
 
@@ -41,6 +40,8 @@ def section(title: str, result: dict[str, Any], *parts: str) -> str:
 
 
 def biwkv(result: dict[str, Any]) -> str:
+    if "sizes" in result:
+        return biwkv_on_gpu(result)
     rows = [
         (name, f"{r['of_minima']:.1f}x", f"{r['median_of_rounds']:.1f}x", r["demanded"])
         for name, r in result["ratios"].items()
@@ -48,6 +49,32 @@ def biwkv(result: dict[str, Any]) -> str:
     shape = ", ".join(f"{k} {v}" for k, v in result["shape"].items())
     titles = (f"float32, {shape}", "of the fastest runs", "median of rounds", "demanded")
     return section("BiWKV", result, table(titles, rows))
+
+
+def biwkv_on_gpu(result: dict[str, Any]) -> str:
+    names = list(result["sizes"][0]["microseconds"])
+    titles = ("calls", "T", "C", *(f"{name}, us" for name in names), "floor forward, us", "floor backward, us")
+    rows = [
+        (
+            *(row[key] for key in ("calls", "T", "C")),
+            *(f"{row['microseconds'][name]:.1f}" for name in names),
+            *(f"{row['floor_microseconds'][way]:.1f}" for way in ("forward", "backward")),
+        )
+        for row in result["sizes"]
+    ]
+    totals = result["milliseconds_of_44_calls"]
+    last = [totals[name] for name in (*names, "floor forward", "floor backward")]
+    rows.append(("**all**", "", "", *(f"**{1e3 * t:.0f}**" for t in last)))
+    ratios = [
+        (name, f"{r['value']:.2f}x", r["demanded"], "" if r["met"] else "missed")
+        for name, r in result["ratios"].items()
+    ]
+    text = (
+        f"{result['dtype']}, B {result['batch']}; the floor reads and writes every tensor once at "
+        f"{result['copy_bytes_per_second'] / 1e12:.2f} TB/s, the rate of a large copy on this GPU."
+    )
+    demands = table(("ratio", "measured", "demanded", ""), ratios)
+    return section("BiWKV on a GPU", result, text, table(titles, rows), demands)
 
 
 def block(result: dict[str, Any]) -> str:

@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from checkout_root import ROOT
 
 # Before torch is imported, here and in every program that a test starts: OpenMP's threads spin while they wait for each
 # other, which is ten times slower as soon as another process wants the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def _shared(name: str) -> Path:

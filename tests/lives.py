@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkout_root import ROOT
 
 from lalic.training import checkpoint, events
 
-ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["train.ema=0.9"]
 """Of every run here."""
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from checkout_root import ROOT
 
 sys.path.insert(0, str(ROOT))
 

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 
-from conftest import ROOT
+from checkout_root import ROOT
 
 
 def test_tiny_sizes(tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from checkout_root import ROOT
 
 
 @pytest.mark.slow

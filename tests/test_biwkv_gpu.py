@@ -54,10 +54,19 @@ def test_float64(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("shape", [*TRAINING_SIZES, (2, 65536, 96), (1, 1024 * 1024, 96), (2, 4097, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*TRAINING_SIZES, (2, 65536, 96), (2, 4097, 3)], ids=str)
 def test_float32(shape: tuple[int, int, int]) -> None:
     case = random_case(*shape, seed=2).to(torch.float32)
     assert_float32_accuracy(on_gpu(case, torch.float32), by_float64(case))
+
+
+def test_float32_of_a_million_tokens() -> None:
+    """The largest error over 10^8 numbers, against their rms: the CPU kernel's in float32 is 7e-3 there."""
+    case = random_case(1, 1024 * 1024, 96, seed=2).to(torch.float32)
+    tolerances = (1e-4, 2e-3, 2e-3, 1e-2, 1e-2)
+    for name, tolerance, a, b in zip(NAMES, tolerances, on_gpu(case, torch.float32), by_float64(case), strict=True):
+        error = (a.double() - b).abs().max() / b.square().mean().sqrt()
+        assert a.dtype == torch.float32 and error.item() <= tolerance, (name, error.item())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from checkout_root import ROOT
 from torch import nn
 
 from lalic.model.blocks import BiRWKVBlock, EntropyParametersBlock

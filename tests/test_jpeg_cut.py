@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from checkout_root import ROOT
 from lalic.kernels import builder
 from PIL import Image
 from test_region import boxes, damaged, jpeg, picture, with_sampling

@@ -1,0 +1,5 @@
+"""Where the tree under test is."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
