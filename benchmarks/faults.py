@@ -213,8 +213,10 @@ def summarise(setups: dict[str, Any]) -> list[dict[str, Any]]:
     """Per setup and kind: how many, resumed, steps lost, seconds, bits."""
     rows = []
     for setup in setups.values():
-        for label in dict.fromkeys(record["kind"] for record in setup["records"]):
+        for label in dict.fromkeys(kind.label for kind in KINDS.values()):
             chosen = [record for record in setup["records"] if record["kind"] == label]
+            if not chosen:
+                continue
             lost = [record["lost_steps"] for record in chosen if "lost_steps" in record]
             seconds = [s for record in chosen if (s := record.get("seconds_until_training")) is not None]
             rows.append(

@@ -263,8 +263,8 @@ def faults(result: dict[str, Any]) -> str:
         "the fault and had to be done again. Seconds: from the fault until the restarted command has done a step, most "
         "of them for Python's imports. Bits: of the checkpoint that the run went on from, and of the next one, beside "
         f"a run that was never disturbed. Of the {len(ends)} runs that were hit, "
-        f"{sum(end['bits_equal'] for end in ends)} have equal ends, log.jsonl and TensorBoard's curves included. "
-        f"The full disk: {', '.join(disks) or 'none'}."
+        f"{sum(end['bits_equal'] for end in ends)} have equal ends, log.jsonl and TensorBoard's curves included "
+        f"(without the lines that found no space). The full disk: {', '.join(disks) or 'none'}."
     )
     titles = (
         "runs",
