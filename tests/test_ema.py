@@ -89,7 +89,7 @@ def test_it_does_not_touch_the_training() -> None:
     # Nor does the optimiser know of it.
     assert averaged.average is not None
     own = {id(p) for p in averaged.average.model.parameters()}
-    known = {id(p) for group in averaged.optimizer.param_groups for p in group["params"]}
+    known = {id(p) for group in averaged.engine.optimizer.param_groups for p in group["params"]}
     assert not own & (known | {id(p) for p in averaged.bare.parameters()})
 
 

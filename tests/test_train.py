@@ -91,11 +91,12 @@ def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads = torch.get_num_threads()
+    threads, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.set_num_threads(threads)
 
 
