@@ -41,9 +41,11 @@ Run = Callable[[Case], tuple[Tensor, ...]]  # -> y, gw, gu, gk, gv
 def nan_filled_memory() -> Iterator[None]:
     """Fill torch.empty with NaN, so that an element nobody writes is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
+    torch.utils.deterministic.fill_uninitialized_memory = before
     torch.use_deterministic_algorithms(False)
 
 
