@@ -22,6 +22,7 @@ from lalic.errors import LalicError
 from lalic.model import LALIC, load_weights
 from lalic.release import open_weights
 from lalic.training import checkpoint, inputs
+from lalic.training.engine import DDPEngine
 from lalic.training.step import TrainStep
 from lalic.training.validate import validate
 
@@ -87,7 +88,7 @@ def test_it_does_not_touch_the_training() -> None:
     for a, b in zip(plain.bare.parameters(), averaged.bare.parameters(), strict=True):
         assert torch.equal(a, b)
     # Nor does the optimiser know of it.
-    assert averaged.average is not None
+    assert averaged.average is not None and isinstance(averaged.engine, DDPEngine)
     own = {id(p) for p in averaged.average.model.parameters()}
     known = {id(p) for group in averaged.engine.optimizer.param_groups for p in group["params"]}
     assert not own & (known | {id(p) for p in averaged.bare.parameters()})
