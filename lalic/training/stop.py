@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +23,7 @@ logger = logging.getLogger("lalic.train")
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 _LOOK_EVERY = 1.0
-"""Seconds between two looks for the file."""
+"""Seconds between two looks for the file while the main thread waits."""
 
 
 _PR_SET_PDEATHSIG = 1
@@ -55,7 +54,7 @@ class StopRequest:
 
     def __init__(self, stop_file: Path, *, spread: bool = False):
         self._file, self._spread = stop_file, spread
-        self._looked = 0.0
+        self._interrupted = False
         self._reason: str | None = None
         self._before: dict[int, Any] = {}
         self._at_once = False
@@ -77,11 +76,9 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What asked this rank to stop; None while nothing did. The file is looked for once a second."""
-        if self._reason is None and time.monotonic() - self._looked > _LOOK_EVERY:
-            self._looked = time.monotonic()
-            if self._file.exists():
-                self._reason = f"{self._file} exists"
+        """What asked this rank to stop; None while nothing did."""
+        if self._reason is None and self._file.exists():
+            self._reason = f"{self._file} exists"
         return self._reason
 
     @contextmanager
@@ -108,8 +105,10 @@ class StopRequest:
             raise StopNow
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._reason is not None:
-            raise KeyboardInterrupt  # Ctrl-C for the second time: at once, without a checkpoint
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt  # Ctrl-C for the second time: at once, without a checkpoint
+            self._interrupted = True
         if self._reason is None:
             self._reason = signal.Signals(number).name
             if self._spread:
