@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,7 @@ _OF_THE_CLOCK = ("time", "seconds", "second", "share", "memory", "busy", "wait",
 def differences(run: Path, reference: Path, step: int) -> list[str]:
     """What of the checkpoint after `step` steps is not as in the reference: model, optimisers, average, RNG, state.
 
-    Raises LalicError or OSError where one of the two is not there (any more).
+    Raises LalicError or OSError where one of the two is not there.
     """
     ours, theirs = (checkpoint.folder_of(folder, step) for folder in (run, reference))
     names = [sorted(p.name for p in folder.iterdir()) for folder in (ours, theirs)]
@@ -28,7 +32,8 @@ def differences(run: Path, reference: Path, step: int) -> list[str]:
         return [f"files {names[0]} instead of {names[1]}"]
     found = []
     for name in names[0]:
-        if name.endswith(".pt"):
+        # Loading a thousand tensors takes seconds; the same bytes need not be loaded.
+        if name.endswith(".pt") and not filecmp.cmp(ours / name, theirs / name, shallow=False):
             pair = [checkpoint.load_tensors(folder, name) for folder in (ours, theirs)]
             if name == "rng.pt":  # it also holds what was added up since the last log line, seconds too
                 pair = [_timeless(each) for each in pair]
@@ -40,6 +45,23 @@ def differences(run: Path, reference: Path, step: int) -> list[str]:
         if state.get(key) != expected.get(key) and not (missed and key in ("best", "metrics")):
             found.append(f"meta.json: {key} {state.get(key)} instead of {expected.get(key)}")
     return found
+
+
+@contextmanager
+def held(run: Path, step: int) -> Iterator[Path]:
+    """A run folder with that checkpoint alone, by hard links: the run itself may delete its own meanwhile.
+
+    FileNotFoundError when it has done so already.
+    """
+    folder = run / "held"
+    copy = checkpoint.folder_of(folder, step)
+    copy.mkdir(parents=True)
+    try:
+        for file in checkpoint.folder_of(run, step).iterdir():
+            os.link(file, copy / file.name)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def log_differences(run: Path, reference: Path, *, may_miss: bool = False) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -192,8 +193,9 @@ class SmallDisk:
             for pid in run.ranks().values():
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (max(left, 4096), resource.RLIM_INFINITY))
             return
-        with open(self._ballast, "wb", buffering=0) as file:
-            free = shutil.disk_usage(self.folder).free - left
+        free = shutil.disk_usage(self.folder).free - left
+        # The run writes meanwhile: there may be less.
+        with open(self._ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
             while free > 0 and (written := file.write(bytes(min(free, MIB)))):
                 free -= written
 
@@ -205,9 +207,10 @@ class SmallDisk:
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
     def close(self) -> None:
-        """Unmount it."""
-        if self.mounted:
-            subprocess.run(["umount", str(self.folder)], check=True)
+        """Unmount it; processes that were killed a moment ago may still have files open."""
+        for way in ([], [], [], [], ["-l"]):
+            if self.folder.is_mount() and subprocess.run(["umount", *way, self.folder], capture_output=True).returncode:
+                time.sleep(1)
 
 
 def fill_disk(disk: SmallDisk, then: str) -> Fault:

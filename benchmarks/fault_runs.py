@@ -161,9 +161,11 @@ class Run:
             )
         self.attempts.append(Attempt(output, launcher))
 
-    def come_back(self) -> None:
-        """Start it again, and wait for its first step."""
+    def come_back(self, resumed: Callable[[int], None]) -> None:
+        """Start it again, call `resumed` with the step that it goes on from, and wait for its first step."""
         self.start()
+        self.wait(lambda: self.attempt.resumed_from is not None, "the restart")
+        resumed(self.attempt.resumed_from or 0)
         self.wait(lambda: self.attempt.training, "the first step after the restart")
 
     def wait(self, ready: Callable[[], T], what: str, *, alive: bool = True) -> T:

@@ -76,11 +76,11 @@ class SlurmRun(Run):
         said = self.cluster.run("sdiag")
         return any(int(n) for n in re.findall(r"^Agent (?:queue size|count):\s+(\d+)", said, re.MULTILINE))
 
-    def come_back(self) -> None:
+    def come_back(self, resumed: Callable[[int], None]) -> None:
         """As often as the job starts again by itself, and three times at most: a busy host kills attempts, too."""
         for left in (2, 1, 0):
             try:
-                super().come_back()
+                super().come_back(resumed)
                 return
             except Stuck:
                 if not left or not self.ended or self.cluster.over(self.job):

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,6 +50,7 @@ class Chain:
     def __init__(self, run: Run, reference: Path, generator: random.Random, disk: SmallDisk | None = None):
         self.run, self.reference, self.generator, self.disk = run, reference, generator, disk
         self._compared = 0
+        self._different: list[str] = []
 
     def strike(self, kind: Kind) -> dict[str, Any] | None:
         """One fault, and what became of it; None when too few steps are left for it."""
@@ -63,18 +64,15 @@ class Chain:
         run.wait(lambda: len(run.saved()) >= kind.checkpoints, f"{kind.checkpoints} checkpoints")
         fault = fill_disk(self.disk, kind.disk) if self.disk and kind.disk else kind.fault
         done = fault(run, self.generator)
+        self._different = []
         if not done.restarts:
             seconds, beyond, lost = None, run.attempt.step, 0
         else:
-            run.come_back()
+            run.come_back(lambda step: self._compare(step) if step else None)
             seconds = time.monotonic() - done.began
             beyond = run.attempt.resumed_from or 0
             lost = max(attempt.step for attempt in run.attempts[first:-1]) - beyond
-        different = self._compare(beyond) if beyond and done.restarts else []
-        self._compared = run.wait(
-            lambda: next((s for s in run.attempt.checkpoints if s > beyond), 0), f"a checkpoint after step {beyond}"
-        )
-        different += self._compare(self._compared)
+        self._compared = run.wait(lambda: self._compare_next(beyond), f"a checkpoint after step {beyond}")
         run.wait(lambda: not run.strays(), "the end of all processes of the attempt before")
         return {
             "step": done.step,
@@ -86,20 +84,33 @@ class Chain:
             "seconds_until_training": seconds,
             "starts": len(run.attempts) - 1 - first,
             "compared_step": self._compared,
-            "bits_equal": not different,
-            "differences": different[:10],
+            "bits_equal": not self._different,
+            "differences": self._different[:10],
         }
 
-    def _compare(self, step: int) -> list[str]:
-        found = fault_bits.differences(self.run.folder, self.reference, step)
-        return [f"step {step}: {text}" for text in found]
+    def _compare(self, step: int) -> None:
+        with fault_bits.held(self.run.folder, step) as folder:
+            found = fault_bits.differences(folder, self.reference, step)
+        self._different += [f"step {step}: {text}" for text in found]
+
+    def _compare_next(self, beyond: int) -> int:
+        """Compare the first checkpoint after step `beyond` that is still there; its step, 0 when there is none yet."""
+        for step in self.run.attempt.checkpoints:
+            if step > beyond:
+                with suppress(FileNotFoundError):
+                    self._compare(step)
+                    return step
+        return 0
 
     def finish(self) -> dict[str, Any]:
         """Let the run come to its end, and compare all that it leaves."""
         run = self.run
         status = run.wait_for_end()
         finished = status == 0 and (run.folder / "DONE").exists()
-        different = self._compare(run.material.steps) if finished else [f"status {status}\n{run.attempt.last_words()}"]
+        self._different = [] if finished else [f"status {status}\n{run.attempt.last_words()}"]
+        if finished:
+            self._compare(run.material.steps)
+        different = self._different
         swallowed = self.disk is not None and self.disk.mounted
         for compare in (fault_bits.log_differences, fault_bits.board_differences):
             different += compare(run.folder, self.reference, may_miss=swallowed)

@@ -67,6 +67,16 @@ def test_the_last_bit_of_everything_is_compared(tmp_path: Path) -> None:
     ]
 
 
+def test_a_checkpoint_is_held_while_the_run_deletes_it(tmp_path: Path) -> None:
+    reference, run = made(tmp_path / "reference"), made(tmp_path / "run")
+    with fault_bits.held(run, 6) as folder:
+        checkpoint.remove(checkpoint.folder_of(run, 6))
+        assert fault_bits.differences(folder, reference, 6) == []
+    with pytest.raises(FileNotFoundError), fault_bits.held(run, 6):
+        pass
+    assert not folder.exists()
+
+
 def test_what_a_run_prints_is_followed(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path / "out.txt")
     assert (attempt.step, attempt.resumed_from, attempt.training, attempt.checkpoints) == (0, None, False, [])
