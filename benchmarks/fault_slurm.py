@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -64,17 +63,12 @@ class SlurmRun(Run):
         def running() -> bool:
             # After the loss of a node it may run already. Else nothing may be on its way to the nodes any more: a
             # signal to the step before, which a busy node did not take, is sent again, and means the new step.
-            if cluster.state(job) == "PENDING" and not self._messages_left():
+            if cluster.state(job) == "PENDING" and not self.cluster.messages_left():
                 cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
             return cluster.state(job) == "RUNNING"
 
         cluster.wait(running, f"job {job} runs again", 300)
         self._restart = cluster.restarts(job)
-
-    def _messages_left(self) -> bool:
-        """Whether the controller has messages for nodes that it has not got through to them."""
-        said = self.cluster.run("sdiag")
-        return any(int(n) for n in re.findall(r"^Agent (?:queue size|count):\s+(\d+)", said, re.MULTILINE))
 
     def come_back(self, resumed: Callable[[int], None]) -> None:
         """As often as the job starts again by itself, and three times at most: a busy host kills attempts, too."""

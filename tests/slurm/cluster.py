@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -157,8 +158,17 @@ class Cluster:
         """Wait until the job was requeued `restarts` times, and start it at once; SLURM would wait for two minutes."""
         self.wait(lambda: self.restarts(job) >= restarts, f"requeue {restarts} of job {job}", 300)
         self.wait(lambda: self.state(job) == "PENDING", f"job {job} pending", 300)
+        # A busy slurmd gets the kill of the old attempt late, and would take it for the new one's steps.
+        deadline = time.monotonic() + 60
+        while self.messages_left() and time.monotonic() < deadline:
+            time.sleep(1)
         time.sleep(3)  # in the second of the kill, slurmd takes the new start for the job that it has just killed
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def messages_left(self) -> bool:
+        """Whether the controller has messages for nodes that it has not got through to them."""
+        said = self.run("sdiag")
+        return any(int(n) for n in re.findall(r"^Agent (?:queue size|count):\s+(\d+)", said, re.MULTILINE))
 
     def processes_of(self, job: str, node: str | None = None) -> list[int]:
         """Processes of a job's batch script and steps, on one node or on all, without the daemon above them."""
