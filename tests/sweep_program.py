@@ -100,6 +100,9 @@ def counting_command(self: Any, config: Path, rung: Any) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1] == "train":
         sys.exit(train(sys.argv[2:]))
+    # A sweep leaves alone what it was told to ignore (nohup, a shell's background), and so were the tests, perhaps.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from lalic.errors import run_main
     from lalic.sweep.cli import main
     from lalic.sweep.launcher import Launcher

@@ -83,12 +83,14 @@ def test_the_rungs_that_are_not_finished(slurm: Slurm, capsys: pytest.CaptureFix
 
 
 def test_the_script_uses_the_same_folders(slurm: Slurm) -> None:
-    """What was submitted, run as SLURM would: it finds the finished run of the sweep."""
+    """What was submitted, run as SLURM would when the job is requeued: it finds that it has finished the sweep's run."""
     finish(3)
     sweep("--qualities", "1-2", "run.dir=elsewhere/tiny")
     for run, given in (("runs/tiny-q3", []), ("elsewhere/tiny-q2", slurm.submitted()[0].split()[4:])):
-        Path(run).mkdir(parents=True, exist_ok=True)
+        (Path(run) / "logs").mkdir(parents=True, exist_ok=True)
         (Path(run) / "DONE").write_text("{}")
+        attempt = ("2026-11-27T10:00:00+0000", f"7_{run[-1]}", "0", "finished", "4", "0")
+        (Path(run) / "logs" / "attempts.tsv").write_text("\t".join(attempt) + "\n")
         job = {
             "SLURM_JOB_ID": "7",
             "SLURM_ARRAY_JOB_ID": "7",
