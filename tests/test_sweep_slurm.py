@@ -83,7 +83,7 @@ def test_the_rungs_that_are_not_finished(slurm: Slurm, capsys: pytest.CaptureFix
 
 
 def test_the_script_uses_the_same_folders(slurm: Slurm) -> None:
-    """What was submitted, run as SLURM would when the job is requeued: it finds that it has finished the sweep's run."""
+    """What was submitted, run as SLURM would when the job is requeued: it finds that the run is finished."""
     finish(3)
     sweep("--qualities", "1-2", "run.dir=elsewhere/tiny")
     for run, given in (("runs/tiny-q3", []), ("elsewhere/tiny-q2", slurm.submitted()[0].split()[4:])):
