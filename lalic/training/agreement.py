@@ -17,7 +17,10 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from lalic.training.distributed import TIMEOUT
+from lalic.training.stop import SIGNALS
 from lalic.training.watchdog import waiting_for_others
+
+SIGNAL_NAMES = {number.name for number in SIGNALS}
 
 
 @dataclass(frozen=True)
@@ -53,12 +56,12 @@ class Agreement:
 
 
 def _first(said: Sequence[tuple[str | None, str | None]]) -> Leave | None:
-    """The first rank's failure, else the first one's reason to stop."""
+    """The first rank's failure, else the first one's reason to stop; a signal is a better one than the file it made."""
     many = len(said) > 1
     for rank, (_, failure) in enumerate(said):
         if failure is not None:
             return Leave(failure if rank == 0 else f"{failure} (on rank {rank})", failure)
-    for rank, (asked, _) in enumerate(said):
-        if asked is not None:
-            return Leave(None, f"{asked} on rank {rank}" if many else asked)
+    reasons = [(rank, asked) for rank, (asked, _) in enumerate(said) if asked is not None]
+    for rank, asked in sorted(reasons, key=lambda reason: reason[1] not in SIGNAL_NAMES):
+        return Leave(None, f"{asked} on rank {rank}" if many else asked)
     return None
