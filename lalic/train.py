@@ -50,16 +50,16 @@ def train(config: RunConfig, watchdog: Watchdog) -> None:
     stop = StopRequest(folder.stop_file, spread=accelerator.num_processes > 1)
     with stop, session, closing(session.tracker) as tracker:
         if session.validation_due() and not agreement.leave(stop.reason):
-            session.validate(folder)
+            session.validate()
         while not session.done:
-            session.recover(folder)
+            session.recover()
             stage, batches = session.stage, session.micro_batches()
             while session.step < stage.end and not session.halted:
                 watchdog.enter(DATA, session.step)
                 started = time.perf_counter()
                 micro_batches, failure = fetch(batches, config.train.accumulation, stop)
                 if leaving := agreement.leave(stop.reason, failure):
-                    session.keep(folder)
+                    session.keep()
                     if leaving.failure:
                         raise SharedError(leaving.failure)
                     logger.info("stopped at step %d: %s", session.step, leaving.reason)
@@ -81,9 +81,9 @@ def train(config: RunConfig, watchdog: Watchdog) -> None:
                     tracker.write(session.step, stage, **session.counts())
                 # A stop does not wait for a validation: the resumed run makes up for it.
                 if session.validation_due() and not agreement.leave(stop.reason):
-                    session.validate(folder)
+                    session.validate()
                 if session.save_due():
-                    session.save(folder, must=session.done)
+                    session.save(must=session.done)
     on_first_rank(accelerator, lambda: folder.finish(session.step))
     if accelerator.is_main_process:
         events.record("finished", session.step)

@@ -27,7 +27,7 @@ from lalic.training.ema import SavedAverage
 from lalic.training.environment import device_name, job, random_state, set_random_state, versions
 from lalic.training.inputs import read_inputs
 from lalic.training.recovery import Health, read_weights, rollback_target
-from lalic.training.run_folder import CONFIG, RunFolder
+from lalic.training.run_folder import CONFIG
 from lalic.training.schedule import Stage
 from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
 from lalic.training.step import TrainStep
@@ -137,7 +137,7 @@ class Session:
         due = self.step % self.config.validate.every == 0 or self.done
         return bool(self.images) and due and self.step > 0 and (self.metrics or {}).get("step") != self.step
 
-    def validate(self, folder: RunFolder) -> None:
+    def validate(self) -> None:
         """Measure what would be exported on the validation images; note the step when it is the best so far.
 
         When an image cannot be read any more, the steps that are done are saved before the error is raised.
@@ -157,7 +157,7 @@ class Session:
                 pictures=pictures,
             )
         except SharedError:
-            self.keep(folder)
+            self.keep()
             raise
         metrics["weights"] = "ema" if average else "raw"
         # A loss that is not finite is smaller than nothing.
@@ -196,7 +196,7 @@ class Session:
         """Whether too many steps in a row were not finite, as far as is known; never at the end of a run."""
         return self.stepper.verdicts.halted_at is not None and not self.done
 
-    def recover(self, folder: RunFolder) -> None:
+    def recover(self) -> None:
         """Where the run is halted: back to the weights of the last good checkpoint, and on past the data.
 
         The position stays: step number s takes the same batch whatever happened before it. Raises SharedError when
@@ -216,7 +216,7 @@ class Session:
             self.writer.wait()
         target = on_first_rank(
             self.accelerator,
-            lambda: rollback_target(folder.path, self.health, begin, self.config.checkpoint.every),
+            lambda: rollback_target(self.config.folder, self.health, begin, self.config.checkpoint.every),
         )
         if target is None:
             raise SharedError(f"{row}, and there is no checkpoint before them to go back to: {advice}")
@@ -242,7 +242,7 @@ class Session:
         is_best = self.best is not None and self.best["step"] == self.step
         return (due or is_best) and self.saved_step != self.step
 
-    def save(self, folder: RunFolder, *, must: bool) -> None:
+    def save(self, *, must: bool) -> None:
         """Copy the state to host memory and begin to write a checkpoint of it; older ones are pruned after that.
 
         When the write fails (a full disk), nothing older is lost, and the run goes on to the next one with an error
@@ -277,14 +277,14 @@ class Session:
             on_first_rank(self.accelerator, lambda: writer.must_be_written(step) if writer else None)
         self.tracker.saved(time.perf_counter() - began)
 
-    def keep(self, folder: RunFolder) -> None:
+    def keep(self) -> None:
         """Write a checkpoint of the steps that are done, unless it is there; for a run that cannot go on."""
         self.settle()
         if not self.step:
             return
         asked = self.saved_step == self.step
         if not asked or on_first_rank(self.accelerator, lambda: bool(self.writer and self.writer.failed(self.step))):
-            self.save(folder, must=True)
+            self.save(must=True)
 
     def _meta(self) -> dict[str, Any]:
         # Of the step that was done last: a stage that is only about to begin may still be changed.
