@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ import torch._dynamo
 import torch._inductor.config
 from accelerate import Accelerator
 from torch import Tensor
+from torch._inductor.exc import CppCompileError
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.model.blocks import BiRWKVBlock
+from lalic.training.compile_cache import remove_half_written, remove_precompiled_headers
 from lalic.training.distributed import together
 
 logger = logging.getLogger("lalic.train")
@@ -102,7 +106,27 @@ def _set_where_known(config: Any, name: str, value: Any) -> None:
 
 
 def _try_compiler(device: torch.device) -> None:
-    x = torch.ones(16, device=device, requires_grad=True)
+    """A first compilation, in a cache without what a killed process left there."""
+    for path in remove_half_written(Path(cache_dir())):
+        logger.info("removed %s, which a killed process left half written", path)
+    try:
+        _compile_smallest_case(device, 16)
+    except LalicError as error:
+        headers = Path(default_cache_dir()) / "precompiled_headers"
+        # A header that is not whole is found out by the compiler alone.
+        if not _is_of_the_compiler(error) or not remove_precompiled_headers(headers):
+            raise
+        _compile_smallest_case(device, 17)  # torch has taken note that the other cannot be compiled
+
+
+def _is_of_the_compiler(error: BaseException) -> bool:
+    """Whether it comes from a C++ compiler that ran and refused the code."""
+    reason = getattr(error, "inner_exception", None) or error.__cause__
+    return isinstance(error, CppCompileError) or (reason is not None and _is_of_the_compiler(reason))
+
+
+def _compile_smallest_case(device: torch.device, size: int) -> None:
+    x = torch.ones(size, device=device, requires_grad=True)
     with compile_errors():
         torch.compile(_smallest_case, fullgraph=True, dynamic=False, backend=BACKEND)(x).backward()
 
