@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 import lalic
 
@@ -41,8 +42,23 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def surroundings(accelerator: Accelerator, backend: str) -> dict[str, Any]:
+    """What the bits of a run depend on beside its config and data, as meta.json records it."""
+    device = accelerator.device
+    return {
+        "world_size": accelerator.num_processes,
+        "backend": backend,
+        "cpu_threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two `surroundings`, as "torch 2.6.0 -> 2.7.0"; a meta.json may stand in for the first."""
+    was = {"backend": "DDP", **before, **before.get("versions", {})}  # checkpoints of old had that one alone
+    flat = {**{k: v for k, v in now.items() if k != "versions"}, **now["versions"]}
+    return [f"{k} {was.get(k)} -> {v}" for k, v in flat.items() if was.get(k) != v]
 
 
 def job() -> dict[str, str]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lalic.config import RunConfig
+from lalic.errors import LalicError
 from lalic.training import checkpoint
 from lalic.training.ema import read_average
 
@@ -42,7 +44,7 @@ class Health:
         return {periodic, self.target} if self.target is not None and self.gave_up(periodic) else {periodic}
 
 
-def rollback_target(run: Path, health: Health, begin: int, every: int) -> Path | None:
+def _rollback_target(run: Path, health: Health, begin: int, every: int) -> Path | None:
     """The newest good periodic checkpoint of at most `begin` steps, else the newest good one of those.
 
     Periodic ones come first, because a run that was never stopped has no others: it would go back there. One that
@@ -56,6 +58,26 @@ def rollback_target(run: Path, health: Health, begin: int, every: int) -> Path |
             if not in_row:
                 return candidate
     return None
+
+
+def choose_target(config: RunConfig, health: Health, begin: int, *, because: str) -> tuple[Path, int]:
+    """The checkpoint to go back to, and its step, when the steps from `begin` on were not finite.
+
+    Raises LalicError, with the reason in front, when the config wants no return, there is no such checkpoint, or the
+    run went back to it too often.
+    """
+    rules = config.health
+    advice = "lower the learning rate of the stage, or use train.precision=fp32"
+    if rules.on_nonfinite == "stop":
+        raise LalicError(f"{because} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
+    target = _rollback_target(config.folder, health, begin, config.checkpoint.every)
+    if target is None:
+        raise LalicError(f"{because}, and there is no checkpoint before them to go back to: {advice}")
+    back = checkpoint.read_meta(target)["step"]
+    often = health.rollbacks_to(back)
+    if often >= rules.max_rollbacks:
+        raise LalicError(f"{because}, after {often} returns to {target} (health.max_rollbacks): {advice}")
+    return target, back
 
 
 def read_weights(path: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -24,9 +23,9 @@ from lalic.remote import without_password
 from lalic.training import checkpoint, events, watchdog
 from lalic.training.distributed import SharedError, check_equal, on_first_rank, together
 from lalic.training.ema import SavedAverage
-from lalic.training.environment import device_name, job, random_state, set_random_state, versions
+from lalic.training.environment import changes, job, random_state, set_random_state, surroundings
 from lalic.training.inputs import read_inputs
-from lalic.training.recovery import Health, read_weights, rollback_target
+from lalic.training.recovery import Health, choose_target, read_weights
 from lalic.training.run_folder import CONFIG
 from lalic.training.schedule import Stage
 from lalic.training.standing import CHECKPOINT, STARTING, VALIDATION
@@ -206,24 +205,14 @@ class Session:
             return
         watchdog.enter(STARTING, self.step)
         self.settle()
-        health, verdicts = self.config.health, self.stepper.verdicts
+        verdicts = self.stepper.verdicts
         row = f"the last {verdicts.in_row} steps up to {self.step} were not finite and were not applied"
-        advice = "lower the learning rate of the stage, or use train.precision=fp32"
-        if health.on_nonfinite == "stop":
-            raise SharedError(f"{row} (health.on_nonfinite=stop): the last checkpoint is good; {advice}")
-        begin = self.step - verdicts.in_row
         if self.writer:
             self.writer.wait()
-        target = on_first_rank(
-            self.accelerator,
-            lambda: rollback_target(self.config.folder, self.health, begin, self.config.checkpoint.every),
+        begin = self.step - verdicts.in_row
+        target, back = on_first_rank(
+            self.accelerator, lambda: choose_target(self.config, self.health, begin, because=row)
         )
-        if target is None:
-            raise SharedError(f"{row}, and there is no checkpoint before them to go back to: {advice}")
-        back = checkpoint.read_meta(target)["step"]
-        often = self.health.rollbacks_to(back)
-        if often >= health.max_rollbacks:
-            raise SharedError(f"{row}, after {often} returns to {target} (health.max_rollbacks): {advice}")
         state = together(self.accelerator, lambda: read_weights(target))
         self.model.load_state_dict(state["model"])
         self.stepper.load_state_dict(state["optimizer"])
@@ -304,11 +293,7 @@ class Session:
             "metrics": self.metrics,
             "health": {**asdict(self.health), "in_row": self.stepper.verdicts.in_row},
             "shards": self.index.fingerprint,
-            "world_size": self.accelerator.num_processes,
-            "backend": self.stepper.engine.name,
-            "cpu_threads": torch.get_num_threads(),
-            "device": device_name(self.accelerator.device),
-            "versions": versions(),
+            **surroundings(self.accelerator, self.stepper.engine.name),
         }
 
     def _prune(self) -> Callable[[Path, int], None]:
@@ -361,17 +346,9 @@ class Session:
 
     def _tell_what_changed(self, meta: dict[str, Any]) -> None:
         """Log what keeps the rest of the run from having the bits of an uninterrupted one."""
-        now = {
-            "world_size": self.accelerator.num_processes,
-            "backend": self.stepper.engine.name,
-            "cpu_threads": torch.get_num_threads(),
-            "device": device_name(self.accelerator.device),
-            **versions(),
-        }
-        was = {"backend": "DDP", **{k: meta[k] for k in now if k in meta}, **meta.get("versions", {})}
-        changed = [f"{k} {was[k]} -> {v}" for k, v in now.items() if was.get(k) != v]
         if not self.accelerator.is_main_process:
             return
+        changed = changes(meta, surroundings(self.accelerator, self.stepper.engine.name))
         before = {"world_size_before": meta.get("world_size"), "changed": changed}
         events.record("resumed", self.step, total_steps=self.schedule.total_steps, **before, **job())
         if changed:
