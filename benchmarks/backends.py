@@ -41,7 +41,7 @@ run: {{seed: 1}}
 model: {{N: 8, dims: [8, 12, 16, 32, 16, 8], depths: [1, 1, 1, 1], groups: [4, 4, 8, 16]}}
 data: {{shards: {shards}, workers: 0, flip: true, val: {val}, val_crop: 128}}
 loss: {{metric: mse, quality: 3}}
-train: {{batch_size: 4, cpu_threads: 1}}
+train: {{batch_size: 4, cpu_threads: 1, precision: {precision}}}
 stages: [{{steps: {steps}, lr: 2e-4, crop: 64}}]
 validate: {{every: {steps}}}
 checkpoint: {{every: {steps}}}
@@ -50,13 +50,13 @@ log: {{every: 1, images: 0}}
 VALUES = ("loss", "bpp", "psnr", "aux", "gradient_norm")
 
 
-def make_inputs(work: Path, folder: Path, val: Path | None, steps: int) -> Path:
+def make_inputs(work: Path, folder: Path, val: Path | None, steps: int, precision: str) -> Path:
     """Shards of the photographs, and the config of the runs."""
     from lalic.data_prep import shard
 
     shard.main(["--input", str(folder), "--output", str(work / "shards"), "--workers", "1"])
     config = work / "backends.yaml"
-    config.write_text(CONFIG.format(shards=work / "shards", val=val or "null", steps=steps))
+    config.write_text(CONFIG.format(shards=work / "shards", val=val or "null", steps=steps, precision=precision))
     return config
 
 
@@ -126,7 +126,8 @@ def draw(path: Path, curves: dict[str, dict[str, Any]]) -> None:
 
 def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All curves, and what lies between them; printed as they come."""
-    config = make_inputs(work, arguments.folder.resolve(), arguments.val and arguments.val.resolve(), arguments.steps)
+    folder, val = arguments.folder.resolve(), arguments.val and arguments.val.resolve()
+    config = make_inputs(work, folder, val, arguments.steps, arguments.precision)
     curves: dict[str, dict[str, Any]] = {}
     rows = []
     for name in RUNS:
@@ -143,7 +144,7 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         )
     if arguments.picture:
         draw(arguments.picture, curves)
-    settings = {"steps": arguments.steps, "batch": 4, "crop": 64}
+    settings = {"steps": arguments.steps, "batch": 4, "crop": 64, "precision": arguments.precision}
     return {"settings": settings, "rows": rows, "losses": {name: curve["loss"] for name, curve in curves.items()}}
 
 
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs to train on")
     parser.add_argument("--val", type=Path, help="photographs to validate on at the end")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="train.precision of all runs")
     parser.add_argument("--work", type=Path, help="make shards and runs in here (default: a temporary folder)")
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")

@@ -294,7 +294,7 @@ def backends(result: dict[str, Any]) -> str:
         )
         for r in result["rows"]
     ]
-    title = f"{s['steps']} steps, batch {s['batch']}, crop {s['crop']}"
+    title = f"{s['steps']} steps, {s.get('precision', 'fp32')}, batch {s['batch']}, crop {s['crop']}"
     titles = (title, "first loss", "last loss", "validation: loss", "bpp", "PSNR")
     apart = (f"apart, first {s['steps'] // 10} steps", "apart, largest", "apart, mean", "auxiliary loss, largest")
     note = "Apart: the relative difference of the training loss from that of the first row, at the same step."
