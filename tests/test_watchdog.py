@@ -26,7 +26,7 @@ from lalic.training.standing import CHECKPOINT, DATA, STARTING, STEP, VALIDATION
 
 ROOT = Path(__file__).resolve().parent.parent
 
-TIMEOUT = 5.0
+TIMEOUT = 8.0
 """Of the scenes: long enough for a busy machine to run every process some time in half of it."""
 
 OF_TRAININGS = 20.0
@@ -228,7 +228,7 @@ class Outcome:
         """The one line that was said by all ranks together, which is also in the history."""
         (line,) = [each for each in self.said(scene).splitlines() if each.startswith("error: ")]
         (event,) = [event for event in events.read_events(self.folder / scene) if event["kind"] == "stalled"]
-        assert event["message"] in line and re.search(r"health\.stall_timeout=(5|20)\)", line)
+        assert event["message"] in line and re.search(r"health\.stall_timeout=(8|20)\)", line)
         return line
 
 
