@@ -94,7 +94,7 @@ def fetch(
     batches: Iterator[Mapping[str, Any]], count: int, stop: StopRequest
 ) -> tuple[list[Mapping[str, Any]], str | None]:
     """The next `count` micro-batches, and what went wrong instead; neither, when the run is asked to stop."""
-    from lalic.data.loader import worker_failure
+    from lalic.data.workers import worker_failure
     from lalic.training.stop import StopNow
 
     try:
@@ -142,7 +142,7 @@ def _train_and_leave(config: RunConfig, first: bool) -> int:
     """Train; an error that all ranks share is printed by the first alone."""
     import torch.distributed
 
-    from lalic.data.loader import worker_failure
+    from lalic.data.workers import worker_failure
     from lalic.training.distributed import SharedError
     from lalic.training.stop import stop_with_launcher
     from lalic.training.watchdog import Watchdog

@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,10 @@ from PIL import Image
 
 from lalic.data.images import decode_rgb
 from lalic.data.index import ShardIndex
-from lalic.data.loader import build_loader, worker_failure
+from lalic.data.loader import build_loader
 from lalic.data.order import EpochPlan, random_crop
 from lalic.data.reader import MAX_OPEN_SHARDS, LocalReader
+from lalic.data.workers import leave_signals_to_the_trainer, worker_failure
 from lalic.errors import LalicError
 
 # torch's advice about more workers than processors is beside the point of these tests.
@@ -294,6 +297,26 @@ def test_a_worker_that_dies_is_one_line(shards):
     error = caught.value if isinstance(caught.value, LalicError) else worker_failure(caught.value)
     assert str(error).startswith("a data loading process died") and "\n" not in str(error)
     assert worker_failure(RuntimeError("something else")) is None
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_are_ended_while_they_ask_hold_nobody_up(shards, monkeypatch):
+    """torch's workers ask before every batch whether they are to end; these do nothing else."""
+
+    def ask_all_the_time(worker):
+        frame = sys._getframe()
+        while "done_event" not in frame.f_locals:
+            frame = frame.f_back
+        questions = iter(frame.f_locals["done_event"].is_set, None)
+        threading.Thread(target=lambda: deque(questions, maxlen=0), daemon=True).start()
+        leave_signals_to_the_trainer(worker)
+
+    monkeypatch.setattr("lalic.data.loader.leave_signals_to_the_trainer", ask_all_the_time)
+    for start in range(5):
+        batches = iter(loader(shards, workers=2, start_step=start, num_steps=500))
+        next(batches)
+        batches.close()
+    assert not multiprocessing.active_children()
 
 
 def test_a_tar_cut_in_half_is_named_before_anything_is_read(shards):

@@ -12,10 +12,7 @@ s*G + (a*R + r)*m ... + m, where m = G / (A*R). Steps count from the start of th
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -26,24 +23,19 @@ from torch.utils.data import DataLoader, Sampler
 
 from lalic.data.cache import ShardCache
 from lalic.data.crops import Failure, ShardCrops
-from lalic.data.images import describe_error
 from lalic.data.index import ShardIndex
 from lalic.data.order import EpochOrder
 from lalic.data.prefetch import Prefetch
 from lalic.data.reader import LocalReader, Reader
 from lalic.data.regions import Decoder, log_decoder
 from lalic.data.slots import PREFETCH, Numbered, Slots
+from lalic.data.workers import OF_THE_TRAINER, Forking, leave_signals_to_the_trainer, worker_failure
 from lalic.errors import LalicError
 
 logger = logging.getLogger("lalic.data")
 
 # The share of bad samples is taken of at least this many, so that one early bad sample does not stop a run.
 _LEAST_SEEN = 1000
-
-# Seconds after which a worker notices that the main process was killed.
-_LOOK_FOR_THE_TRAINER = 1.0
-
-_OF_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def build_loader(
@@ -189,7 +181,8 @@ class CropLoader(DataLoader[Any]):
             num_workers=workers,
             pin_memory=pin_memory and not workers,  # from the slots it is done here, in place of their copy
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            multiprocessing_context=Forking() if workers else None,
+            worker_init_fn=leave_signals_to_the_trainer,
             # Iterating draws a seed for the workers, which nothing here uses. Drawn from the global generator,
             # it would change the training noise of a run each time that run is resumed.
             generator=torch.Generator(),
@@ -205,7 +198,7 @@ class CropLoader(DataLoader[Any]):
             slots = Slots(self.num_workers, (self.batches.micro_batch, self.crops.crop, self.crops.crop, 3))
         self.crops.slots = slots
         # The workers are forked with the signals blocked, so none reaches them before they have arranged theirs.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_TRAINER)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TRAINER)
         try:
             batches = super().__iter__()
         finally:
@@ -253,21 +246,6 @@ class CropLoader(DataLoader[Any]):
             )
 
 
-def worker_failure(error: Exception) -> LalicError | None:
-    """The one line for torch's RuntimeError about a dead worker process, None for any other error.
-
-    torch raises it from a signal handler, so it can appear anywhere in the main process while a loader is in use,
-    not only where a batch is asked for. Workers are killed by the kernel for memory, or by a bus error when shared
-    memory is full.
-    """
-    if not isinstance(error, RuntimeError) or "DataLoader worker" not in str(error):
-        return None
-    return LalicError(
-        f"a data loading process died ({describe_error(error)}): "
-        "probably no memory or no room in /dev/shm; use fewer workers"
-    )
-
-
 def _next(batches: Iterator[Any]) -> Any:
     """The next item, None at the end; LalicError when a worker process has died."""
     try:
@@ -279,29 +257,6 @@ def _next(batches: Iterator[Any]) -> Any:
         if failure is None:
             raise
         raise failure from error
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore what is sent to the whole process group or job step; the main process decides what it means.
-
-    On SIGTERM it finishes its step and saves a checkpoint, for which it needs its workers. Only the SIGTERM that
-    it sends itself, when it does not want them any more, ends them. When it is gone they end within seconds, also in
-    the middle of a shard that comes slowly.
-    """
-    for stop in _OF_THE_TRAINER - {signal.SIGTERM}:
-        signal.signal(stop, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        # SIGTERM stays blocked, in every thread, so that this thread alone takes it.
-        threading.Thread(target=_end_at_request_of, args=(parent.pid,), daemon=True).start()
-
-
-def _end_at_request_of(process: int | None) -> None:
-    while os.getppid() == process:
-        sent = signal.sigtimedwait({signal.SIGTERM}, _LOOK_FOR_THE_TRAINER)
-        if sent is not None and sent.si_pid == process:
-            break
-    os._exit(0)
 
 
 def _as_it_is(batch: Any) -> Any:
