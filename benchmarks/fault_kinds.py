@@ -228,12 +228,11 @@ def fill_disk(disk: SmallDisk, then: str) -> Fault:
         run.wait(lambda: run.attempt.step > failed, "steps after the error")
         if then == "goes on":
             done.restarts = False
-        elif then == "killed":
-            blow = kill("everything")(run, generator)
-            done.step, done.phase, done.began = blow.step, blow.phase, blow.began
         else:
-            blow = ask(signal.SIGTERM, "launcher")(run, generator)
+            end = kill("everything") if then == "killed" else ask(signal.SIGTERM, "launcher")
+            blow = end(run, generator)
             done.step, done.phase, done.began = blow.step, blow.phase, blow.began
+        if then == "stopped":
             run.wait_for_nobody()
             said = [line for line in run.attempt.text().splitlines() if line.startswith("error: ")]
             done.expected = len(said) == 1 and "older checkpoints are intact" in said[0]

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from checkout_root import ROOT
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY: dict[str, Any] = {
     "N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (4, 4, 8, 16)
 }  # fmt: skip

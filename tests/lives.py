@@ -150,8 +150,13 @@ def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
 
 def wait_until_written(run: Path, step: int | None) -> None:
     """Until the history of a run, whose checkpoints are written behind its back, tells of that of `step`."""
-    while step is not None and ("checkpoint", step) not in {(e["kind"], e["step"]) for e in events.read_events(run)}:
+    while step is not None and not tells_of_checkpoint(run, step):
         time.sleep(0.02)
+
+
+def tells_of_checkpoint(run: Path, step: int) -> bool:
+    """Whether the history of a run tells that the checkpoint of `step` is on the disk."""
+    return ("checkpoint", step) in {(event["kind"], event["step"]) for event in events.read_events(run)}
 
 
 def kill_while_writing(at: int) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkout_root import ROOT
 from test_train import own_process_state  # noqa: F401 -- a fixture
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import checkpoint as benchmark  # noqa: E402 -- found from the checkout
-from benchmarks import tables  # noqa: E402
-from lalic.training.snapshot import HostCopy  # noqa: E402
+from benchmarks import checkpoint as benchmark
+from benchmarks import tables
+from lalic.training.snapshot import HostCopy
 
 
 def arguments(*more: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import sweep_program
+from checkout_root import ROOT
 from sweep_program import STEPS
 
 from lalic.errors import LalicError
@@ -26,7 +27,6 @@ from lalic.sweep import launcher
 from lalic.sweep.cli import main
 from lalic.sweep.plan import check_runs, parse_qualities, read_ladder
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(sweep_program.__file__)
 
 CONFIG = """

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkout_root import ROOT
+from lives import tells_of_checkpoint
 from test_train import config_path  # noqa: F401 -- a fixture
 
 from lalic.training import checkpoint, events
 from lalic.training.standing import CHECKPOINT, DATA, STARTING, STEP, VALIDATION, Beat, find_stall
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TIMEOUT = 8.0
 """Of the scenes: long enough for a busy machine to run every process some time in half of it."""
@@ -58,7 +58,7 @@ def hang_for_ever(run: Path, written: int) -> None:
     """As `hang`, once the last checkpoint of the training is on the disk; till then no time counts."""
     from lalic.training import watchdog
 
-    while ("checkpoint", written) not in {(e["kind"], e["step"]) for e in events.read_events(run)}:
+    while not tells_of_checkpoint(run, written):
         time.sleep(0.1)
         watchdog.moved()
     hang()

@@ -62,6 +62,7 @@ def _first(said: Sequence[tuple[str | None, str | None]]) -> Leave | None:
         if failure is not None:
             return Leave(failure if rank == 0 else f"{failure} (on rank {rank})", failure)
     reasons = [(rank, asked) for rank, (asked, _) in enumerate(said) if asked is not None]
-    for rank, asked in sorted(reasons, key=lambda reason: reason[1] not in SIGNAL_NAMES):
-        return Leave(None, f"{asked} on rank {rank}" if many else asked)
-    return None
+    if not reasons:
+        return None
+    rank, asked = min(reasons, key=lambda reason: reason[1] not in SIGNAL_NAMES)
+    return Leave(None, f"{asked} on rank {rank}" if many else asked)

@@ -304,7 +304,9 @@ class Session:
             stay = set(protected)
             if best is not None and checkpoint.problem(checkpoint.folder_of(run, best), contents=False) is not None:
                 # It could not be written: the best of those that are there takes its place.
-                stay |= {step for step in [checkpoint.best_on_disk(run)] if step is not None}
+                there = checkpoint.best_on_disk(run)
+                if there is not None:
+                    stay.add(there)
             checkpoint.prune(run, written, keep=rule.keep, keep_every=rule.keep_every, protected=stay)
 
         return prune
