@@ -43,6 +43,10 @@ MAX_SIDE = 65535
 MAX_PIXELS = 8192 * 8192
 """Larger pictures are decoded only on demand: what decoding needs of memory and time follows the header."""
 
+FLOAT32 = "float32"
+FLOAT64 = "float64"
+"""Arithmetics of the entropy path, see lalic.codec.coder: files in FLOAT64 decode alike on every machine."""
+
 _FINGERPRINT_BYTES = 8
 _METRICS = tuple(LADDERS)
 _FIXED = struct.Struct(f"<4sBB{_FINGERPRINT_BYTES}sB")
@@ -57,6 +61,10 @@ class CodedImage:
         strings: in CompressAI's order, two for each channel group of y, then z.
         checks: one byte for each string, in the order of coding (z first).
         checksum: CRC-32 over all tables, indexes and symbols.
+        arithmetic: of the entropy path, FLOAT32 or FLOAT64.
+        exceptions: the encoder's choices where two machines could choose differently; opaque here.
+        colour: "rgb", or "gray" for a picture of three equal channels.
+        alpha: the coded alpha channel, empty where the picture is opaque; opaque here.
     """
 
     width: int
@@ -64,6 +72,10 @@ class CodedImage:
     strings: tuple[bytes, ...]
     checks: bytes
     checksum: int
+    arithmetic: str = FLOAT32
+    exceptions: bytes = b""
+    colour: str = "rgb"
+    alpha: bytes = b""
 
     @property
     def num_bytes(self) -> int:
