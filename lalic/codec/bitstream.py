@@ -60,7 +60,7 @@ class CodedImage:
         width, height: size of the picture itself.
         strings: in CompressAI's order, two for each channel group of y, then z.
         checks: one byte for each string, in the order of coding (z first).
-        checksum: CRC-32 over all tables, indexes and symbols.
+        checksum: of all tables, indexes and symbols, see lalic.codec.coder.
         arithmetic: of the entropy path, FLOAT32 or FLOAT64.
         exceptions: the encoder's choices where two machines could choose differently; opaque here.
         colour: "rgb", or "gray" for a picture of three equal channels.
