@@ -151,7 +151,9 @@ def header_fields(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
     f = take_apart(files[i])
     side = [1, 2, 63, 64, 65, 128, 255, 256, 8192, 8193, 65535, 65536, 0, 1 << 31, f.width, f.height, f.height + 1]
     for _ in range(int(rng.integers(1, 4))):
-        name = str(rng.choice(["version", "flags", "label", "fingerprint", "threads", "width", "height", "told", "check"]))
+        name = str(
+            rng.choice(["version", "flags", "label", "fingerprint", "threads", "width", "height", "told", "check"])
+        )
         if name in ("version", "label", "threads"):
             setattr(f, name, int(rng.integers(0, 256)))
         elif name == "flags":
@@ -265,7 +267,7 @@ def alpha(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
 def sections_of_another(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
     """The header's fields of one file, the sections of another, each with some probability."""
     f, other = take_apart(files[i]), take_apart(files[int(rng.integers(0, len(files)))])
-    for name in (field.name for field in dataclasses.fields(Fields)):
+    for name in (one.name for one in dataclasses.fields(Fields)):
         if name != "told" and rng.random() < 0.3:
             setattr(f, name, getattr(other, name))
     return f.build()
@@ -295,6 +297,9 @@ WEIGHTS = [2, 1, 2, 1, 1, 4, 2, 2, 6, 3, 3, 3]
 def mutate(rng: Rng, files: Sequence[bytes]) -> tuple[str, int, bytes]:
     """Name of a mutation, index of the file it was done to, and what came out."""
     shares = np.array(WEIGHTS) / sum(WEIGHTS)
-    name = str(rng.choice(list(MUTATIONS), p=shares))
-    i = int(rng.integers(0, len(files)))
-    return name, i, MUTATIONS[name](rng, files, i)
+    while True:
+        name = str(rng.choice(list(MUTATIONS), p=shares))
+        i = int(rng.integers(0, len(files)))
+        data = MUTATIONS[name](rng, files, i)
+        if data not in files:
+            return name, i, data

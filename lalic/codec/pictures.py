@@ -10,7 +10,7 @@ H, W: the upright picture's sides.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,9 +133,9 @@ def encode_picture(model: LALIC, picture: Picture, arithmetic: str = bitstream.F
     """Code `picture` with a model that was `update()`d: its colours with the model, alpha without loss."""
     from lalic.codec.coder import encode_image
 
-    coded = encode_image(model, picture.rgb)
     alpha = b"" if picture.alpha is None else alpha_section.encode(picture.alpha)
-    return replace(coded, colour=bitstream.GRAY if picture.gray else bitstream.RGB, alpha=alpha)
+    colour = bitstream.GRAY if picture.gray else bitstream.RGB
+    return encode_image(model, picture.rgb, arithmetic, colour=colour, alpha=alpha)
 
 
 def decode_picture(model: LALIC, coded: CodedImage) -> Picture:
