@@ -14,6 +14,7 @@ float32: in bfloat16 the errors of y and of the gradients of g_a grow by a fifth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,9 +172,8 @@ class BiRWKVBlock(nn.Module):
         return stream.permute(0, 3, 1, 2)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in channels-last memory."""
-    return x.contiguous(memory_format=torch.channels_last)
+def _in_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x.contiguous(memory_format=torch.channels_last))
 
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     given = x.untyped_storage().data_ptr()
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
-            x = strips.convolve(layer, x, lambda window, layer=layer: layer(channels_last(window)))
+            x = strips.convolve(layer, x, partial(_in_channels_last, layer))
         elif isinstance(layer, BiRWKVBlock) and x.untyped_storage().data_ptr() != given:
             x = layer(x, in_place=True)  # what the layer before returned, and nobody else holds
         else:

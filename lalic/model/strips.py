@@ -140,7 +140,9 @@ def _mix_tokens(block: BiRWKVBlock, image: Tensor, strips: list[Rows]) -> None:
 def _attend(w: Tensor, u: Tensor, k: Tensor, v: Tensor, left: Token | None, right: Token | None) -> Tensor:
     """BiWKV of the tokens k, v (n, C) between the two that stand for all others -> (n, C)."""
     sequence = [*([left] if left else []), Token(k, v), *([right] if right else [])]
-    keys, values = (torch.cat([x.view(-1, k.shape[1]).to(k.dtype) for x in xs])[None] for xs in zip(*sequence))
+    keys, values = (
+        torch.cat([x.view(-1, k.shape[1]).to(k.dtype) for x in xs])[None] for xs in zip(*sequence, strict=True)
+    )
     start = 1 if left else 0
     return biwkv(w, u, keys, values)[0, start : start + len(k)]
 
