@@ -13,14 +13,17 @@ float32: in bfloat16 the errors of y and of the gradients of g_a grow by a fifth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from compressai.layers import CheckerboardMaskedConv2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lalic.model import strips
 from lalic.model.depthwise import depthwise_conv
 from lalic.model.functions import gated_linear, normed_depthwise, squared_relu_mlp
 from lalic.ops import biwkv
@@ -91,7 +94,12 @@ class SpatialMix(nn.Module):
         keys, values = self.key(shifted).flatten(1, 2), self.value(shifted).flatten(1, 2)
         tokens = keys.shape[1]
         attended = biwkv(self.decay / tokens, self.boost / tokens, keys, values)
-        return gated_linear(self.receptance(shifted), attended.view(x.shape), gamma[:, None] * self.output.weight)
+        return self.gate(shifted, attended.view(x.shape), gamma)
+
+    def gate(self, shifted: Tensor, attended: Tensor, gamma: Tensor) -> Tensor:
+        """What is pointwise behind BiWKV: shifted and attended (B, H, W, C) -> (B, H, W, C)."""
+        weight = gamma[:, None] * self.output.weight
+        return gated_linear(self.receptance(shifted), attended.to(shifted.dtype), weight)
 
 
 class ChannelMix(nn.Module):
@@ -106,7 +114,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, gamma: Tensor) -> Tensor:
         """gamma * mix(norm(x)), x (B, H, W, C), gamma (C,) -> (B, H, W, C)."""
-        shifted = self.omni_shift(x, norm)
+        return self.mix(self.omni_shift(x, norm), gamma)
+
+    def mix(self, shifted: Tensor, gamma: Tensor) -> Tensor:
+        """What is pointwise behind the shift: (B, H, W, C) -> (B, H, W, C)."""
         mixed = squared_relu_mlp(shifted, self.key.weight, gamma[:, None] * self.value.weight)
         return torch.sigmoid(self.receptance(shifted)) * mixed
 
@@ -131,8 +142,13 @@ class BiRWKVBlock(nn.Module):
         self.gradient_checkpointing = False
         self.compiled_mix = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, H, W), channels-last in memory."""
+    def forward(self, x: Tensor, in_place: bool = False) -> Tensor:
+        """x (B, C, H, W) -> (B, C, H, W), channels-last in memory.
+
+        Without gradients, a large x is mixed in strips; with `in_place` the result may then stand where x stood.
+        """
+        if strips.too_large(x.shape[0] * x.shape[2] * strips.row_bytes(self, x.shape[3])):
+            return self._mix_in_strips(x, in_place)
         if not (self.training and torch.is_grad_enabled()):
             return self._mix(x)
         mix = self.compiled_mix or BiRWKVBlock._mix
@@ -147,6 +163,38 @@ class BiRWKVBlock(nn.Module):
         x = x + self.att(x, self.ln1, self.gamma1)
         x = x + self.ffn(x, self.ln2, self.gamma2)
         return x.permute(0, 3, 1, 2)
+
+    def _mix_in_strips(self, x: Tensor, in_place: bool) -> Tensor:
+        stream = x.permute(0, 2, 3, 1).contiguous().to(self.gamma1.dtype)
+        if not in_place and stream.data_ptr() == x.data_ptr():
+            stream = stream.clone()
+        strips.mix_in_place(self, stream)
+        return stream.permute(0, 3, 1, 2)
+
+
+def _in_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer(x.contiguous(memory_format=torch.channels_last))
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """`nn.Sequential` of convolutions and blocks, channels-last: x (B, C, H, W), not changed -> (B, C', H', W')."""
+    given = x.untyped_storage().data_ptr()
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            x = strips.convolve(layer, x, partial(_in_channels_last, layer))
+        elif isinstance(layer, BiRWKVBlock) and x.untyped_storage().data_ptr() != given:
+            x = layer(x, in_place=True)  # what the layer before returned, and nobody else holds
+        else:
+            x = layer(x)
+    return x
+
+
+class CheckerboardConv(CheckerboardMaskedConv2d):
+    """The context of a channel group's anchors: CompressAI's, in strips where the picture is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return strips.convolve(self, x, super().forward)
 
 
 class EntropyParametersBlock(nn.Module):
@@ -167,3 +215,12 @@ class EntropyParametersBlock(nn.Module):
         normed = self.norm(mixed.permute(0, 2, 3, 1))
         gated = torch.sigmoid(self.receptance(normed)) * squared_relu_mlp(normed, self.key.weight, self.value.weight)
         return mixed + gated.permute(0, 3, 1, 2)
+
+
+class EntropyParameters(nn.Sequential):
+    """The parameter aggregation: blocks of a pointwise network, in strips where the picture is large."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, known, H, W) -> scales and means (B, 2 C, H, W)."""
+        widths = [n for m in self.modules() if isinstance(m, nn.Linear) for n in (m.in_features, m.out_features)]
+        return strips.pointwise(super().forward, x, max(x.shape[1], *widths))

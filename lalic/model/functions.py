@@ -50,7 +50,10 @@ def squared_relu_mlp(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Keeps x and the result of the ReLU: one tensor of the hidden width, where the plain formulation keeps two.
     """
     dtype = compute_dtype(x)
-    return _SquaredReluMLP.apply(x.to(dtype), key.to(dtype), value.to(dtype))
+    x, key, value = x.to(dtype), key.to(dtype), value.to(dtype)
+    if not torch.is_grad_enabled():
+        return F.linear(F.linear(x, key).relu_().square_(), value)
+    return _SquaredReluMLP.apply(x, key, value)
 
 
 class _NormedDepthwise(Function):

@@ -24,14 +24,14 @@ from compressai.latent_codecs import (
     HyperLatentCodec,
     HyperpriorLatentCodec,
 )
-from compressai.layers import CheckerboardMaskedConv2d, conv1x1, conv3x3, sequential_channel_ramp
+from compressai.layers import conv1x1, conv3x3, sequential_channel_ramp
 from compressai.models.base import SimpleVAECompressionModel
 from compressai.models.utils import conv, deconv
 from compressai.registry import register_model
 from torch import Tensor, nn
 
 from lalic.model import coding, weights
-from lalic.model.blocks import BiRWKVBlock, EntropyParametersBlock
+from lalic.model.blocks import BiRWKVBlock, CheckerboardConv, EntropyParameters, EntropyParametersBlock, run_layers
 from lalic.model.entropy import Bottleneck, Checkerboard
 
 STRIDE = 64
@@ -47,7 +47,7 @@ class ChannelsLast(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        return super().forward(x.contiguous(memory_format=torch.channels_last))
+        return run_layers(self, x)
 
 
 class Transform(ChannelsLast):
@@ -64,11 +64,9 @@ class Transform(ChannelsLast):
         if self.compute_dtype is None:
             return super().forward(x)
         *body, last = self
-        x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype=self.compute_dtype):
-            for layer in body:
-                x = layer(x)
-        return last(x.float())
+            x = run_layers(body, x)
+        return run_layers([last], x.float())
 
 
 @register_model("LALIC")
@@ -286,14 +284,16 @@ def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLaten
         known = channels * 2 + (channels * 2 if k > 0 else 0) + M
         latent_codec[f"y{k}"] = Checkerboard(
             latent_codec={"y": GaussianConditionalLatentCodec(quantizer="ste")},
-            context_prediction=CheckerboardMaskedConv2d(channels, channels * 2, kernel_size=5, stride=1, padding=2),
-            entropy_parameters=sequential_channel_ramp(
-                known,
-                channels * 2,
-                min_ch=N * 2,
-                num_layers=3,
-                make_layer=EntropyParametersBlock,
-                make_act=nn.Identity,
+            context_prediction=CheckerboardConv(channels, channels * 2, kernel_size=5, stride=1, padding=2),
+            entropy_parameters=EntropyParameters(
+                *sequential_channel_ramp(
+                    known,
+                    channels * 2,
+                    min_ch=N * 2,
+                    num_layers=3,
+                    make_layer=EntropyParametersBlock,
+                    make_act=nn.Identity,
+                )
             ),
         )
     return ChannelGroupsLatentCodec(latent_codec, channel_context, groups=list(groups))
