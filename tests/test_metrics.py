@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
@@ -15,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import correlate1d
 
 from lalic import metrics
-from lalic.anchors import Curve, measure_pillow
+from lalic.anchors import Curve
 from lalic.bdrate import bd_rate
 from lalic.errors import LalicError
 from lalic.plot import main as plot_main
@@ -216,33 +215,6 @@ class TestBDRate:
     def test_what_is_no_curve(self, rate: list[float], quality: list[float], message: str) -> None:
         with pytest.raises(LalicError, match=message):
             bd_rate([0.1, 0.2, 0.3, 0.4], [30, 31, 32, 33], rate, quality)
-
-
-class TestAnchors:
-    def test_jpeg_by_hand(self) -> None:
-        pictures = [photo_like(40, 56), photo_like(33, 21, seed=5)]
-        curve = measure_pillow(pictures, "jpeg", qualities=[20, 80])
-        rates, psnrs = [], []
-        for picture in pictures:
-            buffer = io.BytesIO()
-            Image.fromarray(picture).save(buffer, "JPEG", quality=80, optimize=True, subsampling=2)
-            rates.append(len(buffer.getvalue()) * 8 / picture.shape[0] / picture.shape[1])
-            decoded = np.asarray(Image.open(buffer).convert("RGB")).astype(float)
-            psnrs.append(10 * math.log10(255**2 / ((decoded - picture) ** 2).mean()))
-        assert curve.bpp[1] == pytest.approx(np.mean(rates))
-        assert curve.psnr[1] == pytest.approx(np.mean(psnrs))
-        assert curve.bpp[0] < curve.bpp[1]
-        assert curve.psnr[0] < curve.psnr[1]
-
-    def test_webp_over_a_folder(self, tmp_path: Path) -> None:
-        Image.fromarray(photo_like(64, 64)).save(tmp_path / "a.png")
-        curve = measure_pillow(tmp_path, "WEBP", qualities=[10, 60])
-        assert curve.label.startswith("WebP")
-        assert 0 < curve.bpp[0] < curve.bpp[1]
-
-    def test_unknown_format(self) -> None:
-        with pytest.raises(LalicError, match="choose from JPEG, WEBP"):
-            measure_pillow([photo_like(8, 8)], "GIF")
 
 
 class TestPlots:
