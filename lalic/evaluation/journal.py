@@ -35,7 +35,7 @@ class Journal:
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    key, record = entry.pop("key"), entry["record"]
+                    key, record = str(entry.pop("key")), entry["record"]
                 except (ValueError, TypeError, KeyError, AttributeError):
                     continue  # half a line: its process was killed while it wrote
                 if isinstance(record, dict):
