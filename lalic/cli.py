@@ -17,6 +17,7 @@ COMMANDS = {
     "status": ("lalic.status", "where runs stand, from their folders alone"),
     "export": ("lalic.export", "write the release bundles of runs"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
+    "anchors": ("lalic.anchors", "measure JPEG, WebP, AVIF, JPEG 2000 and JPEG XL on a folder of images"),
     "plot": ("lalic.plot", "draw R-D curves from results of `lalic eval`"),
     "compress": ("lalic.codec.cli", "photograph -> .lalic file"),
     "decompress": ("lalic.codec.cli", ".lalic file -> photograph"),

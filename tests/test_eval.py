@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lalic.anchors import curves_of, measure_pillow, published
 from lalic.codec.coder import pad
 from lalic.errors import LalicError
 from lalic.eval import averages, main, reconstruction_names
@@ -21,6 +24,7 @@ from lalic.model import LALIC, load_weights, published_state_dict
 from lalic.plot import read_curve
 
 TINY = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (4, 4, 8, 16)}
+FLOAT32: tuple[str, ...] = ()
 SIZES = {"b.png": (64, 100), "sub/a.png": (40, 40), "sub/c.png": (70, 64)}
 
 
@@ -128,6 +132,122 @@ class TestReal:
         assert environment["device"] == "cpu"
 
 
+class TestTimes:
+    def run(self, checkpoints: list[Path], sizes: list[tuple[int, int]], tmp_path: Path, *flags: str) -> dict[str, Any]:
+        (tmp_path / "i").mkdir()
+        for i, size in enumerate(sizes):
+            Image.new("RGB", size, (10 * i, 0, 0)).save(tmp_path / "i" / f"{i}.png")
+        return evaluate(checkpoints[:1], tmp_path / "i", tmp_path, *flags)
+
+    def test_first_of_a_size_is_left_out(self, checkpoints: list[Path], tmp_path: Path) -> None:
+        # The second is padded to the size of the first.
+        report = self.run(checkpoints, [(64, 64), (60, 50), (90, 64), (64, 64), (100, 20)], tmp_path)
+        timings = [r["timing"] for r in report["records"]]
+        assert timings == ["first", "warm", "new-size", "warm", "warm"]
+        times = [r["forward_time"] for r in report["records"]]
+        expected = np.mean([times[i] for i in (1, 3, 4)])
+        assert report["results"]["forward_time"][0] == pytest.approx(expected, abs=1e-7)
+
+    def test_all_of_different_sizes(self, checkpoints: list[Path], tmp_path: Path) -> None:
+        report = self.run(checkpoints, [(64, 64), (70, 64), (140, 64)], tmp_path)
+        assert [r["timing"] for r in report["records"]] == ["first", "new-size", "new-size"]
+        times = [r["forward_time"] for r in report["records"]]
+        assert report["results"]["forward_time"][0] == pytest.approx(np.mean(times[1:]), abs=1e-7)
+
+    def test_warm_up(self, checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward, seen = LALIC.forward, []
+        monkeypatch.setattr(LALIC, "forward", lambda self, x: seen.append(tuple(x.shape[2:])) or forward(self, x))
+        report = self.run(checkpoints, [(64, 64), (70, 64), (64, 64)], tmp_path, "--warm-up")
+        assert [r["timing"] for r in report["records"]] == ["first", "warm", "warm"]
+        assert seen == [(64, 64), (64, 64), (64, 128), (64, 128), (64, 64)]
+
+
+@pytest.fixture(scope="module")
+def both(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Two pictures that need no padding, where CompressAI and we differ; the folder and the result in it."""
+    folder = tmp_path_factory.mktemp("compressai")
+    (folder / "i").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        coarse.resize((256, 192), Image.Resampling.BICUBIC).save(folder / "i" / f"{i}.png")
+    return folder, evaluate(checkpoints, folder / "i", folder, "--real", *FLOAT32)
+
+
+class TestCompressAI:
+    def test_its_plot_reads_the_result(self, both: tuple[Path, dict[str, Any]]) -> None:
+        plot = pytest.importorskip("compressai.utils.plot.__main__")
+        folder, report = both
+        curve = plot.parse_json_file(folder / "result.json", "psnr")
+        assert (curve["name"], curve["xs"], curve["ys"]) == (
+            "LALIC",
+            report["results"]["bpp"],
+            report["results"]["psnr"],
+        )
+        curve = plot.parse_json_file(folder / "result.json", "ms-ssim")
+        assert curve["ys"] == pytest.approx(-10 * np.log10(1 - np.array(report["results"]["ms-ssim"])))
+
+    def test_its_evaluation_measures_the_same(self, both: tuple[Path, dict[str, Any]], checkpoints: list[Path]) -> None:
+        theirs = pytest.importorskip("compressai.utils.eval_model.__main__")
+        folder, report = both
+        for i, path in enumerate(checkpoints):
+            model = load_weights(path)
+            model.update()
+            files = sorted((folder / "i").iterdir())
+            metrics = theirs.eval_model(
+                model, folder, folder / "i", files, architecture="LALIC", half=False, per_image=False
+            )
+            assert set(metrics) <= set(report["results"])
+            assert report["results"]["bpp"][i] == pytest.approx(metrics["bpp"], abs=1e-7)
+            for key in ("psnr-rgb", "ms-ssim-rgb"):
+                assert report["results"][key][i] == pytest.approx(metrics[key], abs=1e-4)
+
+    def test_times_of_an_estimate(self, checkpoints: list[Path], images: Path, tmp_path: Path) -> None:
+        results = evaluate(checkpoints[:1], images, tmp_path)["results"]
+        assert results["encoding_time"] == results["decoding_time"] == [results["forward_time"][0] / 2]
+
+
+class TestAnchors:
+    def test_beside_the_checkpoints(
+        self, checkpoints: list[Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "i").mkdir()
+        for name in SIZES:
+            (tmp_path / "i" / Path(name).name).write_bytes((images / name).read_bytes())
+        (tmp_path / "i" / "broken.png").write_bytes(b"no image")
+        report = evaluate(checkpoints[:1], tmp_path / "i", tmp_path, "--anchors", "jpeg", "webp")
+        assert [a["label"] for a in report["anchors"]] == ["JPEG", "WebP"]
+        direct = measure_pillow([rgb_of(tmp_path / "i" / f"{n}.png") for n in "abc"], "jpeg")
+        assert report["anchors"][0]["bpp"] == pytest.approx(direct.bpp, abs=1e-7)
+        assert report["anchors"][0]["source"] == "measured"
+        assert "JPEG" in capsys.readouterr().out
+
+    def test_published_ones(self, checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "i").mkdir()
+        for i in range(1, 25):
+            Image.new("RGB", (768, 512), (i, 0, 0)).save(tmp_path / "i" / f"kodim{i:02d}.png")
+        perfect = {"x_hat": torch.zeros(1, 3, 512, 768), "likelihoods": {"y": torch.full((8,), 0.5)}}
+        monkeypatch.setattr(LALIC, "forward", lambda self, x: perfect)
+        monkeypatch.setattr("lalic.measure.ms_ssim", lambda a, b: 0.5)
+        report = evaluate(checkpoints[:1], tmp_path / "i", tmp_path, "--anchors", "published")
+        assert report["dataset"] == "kodak"
+        written = curves_of(report, "x")
+        assert [(c.name, c.label, c.metrics) for c in written] == [
+            (c.name, c.label, c.metrics) for c in published("kodak")
+        ]
+        for a, b in zip(written, published("kodak"), strict=True):
+            assert a.bpp == pytest.approx(b.bpp, abs=1e-8)
+            assert a.psnr == pytest.approx(b.psnr, abs=1e-8)
+
+    @pytest.mark.parametrize("anchor", ["gif", "published"])
+    def test_wrong_ones_are_refused_at_once(
+        self, checkpoints: list[Path], images: Path, tmp_path: Path, anchor: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(LALIC, "forward", lambda self, x: pytest.fail("measured"))
+        with pytest.raises(LalicError, match=r"anchor gif|no published points"):
+            evaluate(checkpoints, images, tmp_path, "--anchors", anchor)
+
+
 class TestEstimate:
     def test_rate_by_hand(self, checkpoints: list[Path], images: Path, tmp_path: Path) -> None:
         report = evaluate(checkpoints[:1], images, tmp_path)
@@ -181,6 +301,26 @@ class TestFolders:
         assert "1 of 2 images could not be read" in capsys.readouterr().out
         assert report["results"]["forward_time"][0] == report["records"][0]["forward_time"]
 
+    def test_what_is_no_picture(self, checkpoints: list[Path], tmp_path: Path) -> None:
+        folder = tmp_path / "images"
+        folder.mkdir()
+        frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
+        frames[0].save(folder / "animated.webp", save_all=True, append_images=frames[1:], lossless=True)
+        (folder / "empty.png").write_bytes(b"")
+        (folder / "page.jpg").write_bytes(b"<!DOCTYPE html><html></html>")
+        Image.new("RGB", (65000, 2), "red").save(folder / "wide.png")
+        chunks = (b"IHDR" + struct.pack(">IIBBBBB", 65000, 65000, 8, 2, 0, 0, 0), b"IDAT")
+        png = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
+        (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(png))
+        report = evaluate(checkpoints[:1], folder, tmp_path, "-o", str(tmp_path / "r"), "-q", "a")
+        used = [Path(r["file"]).name for r in report["records"]]
+        assert used == ["animated.webp", "wide.png"]
+        assert report["records"][1]["width"] == 65000
+        reasons = {Path(s["file"]).name: s["reason"] for s in report["skipped"]}
+        assert "too many pixels" in reasons["bomb.png"]
+        assert "empty file" in reasons["empty.png"]
+        assert "not an image" in reasons["page.jpg"]
+
     def test_gray_and_cmyk(self, checkpoints: list[Path], tmp_path: Path) -> None:
         folder = tmp_path / "images"
         folder.mkdir()
@@ -218,8 +358,10 @@ class TestBadInput:
             (["-p", "W", "-i", "E"], "no image"),
             (["-p", "W", "-i", "B"], "none of the 1 images"),
             (["-p", "T", "-i", "I"], "text.pth"),
+            (["-p", "O", "-i", "I"], "other.pth"),
+            (["-p", "W", "-i", "I", "--result", "E"], "empty is a folder"),
         ],
-        ids=["labels", "repeated", "path", "checkpoint", "folder", "empty", "unreadable", "text"],
+        ids=["labels", "repeated", "path", "checkpoint", "folder", "empty", "unreadable", "text", "other", "result"],
     )
     def test_one_line(
         self, checkpoints: list[Path], images: Path, tmp_path: Path, arguments: list[str], message: str
@@ -229,7 +371,8 @@ class TestBadInput:
         bad.mkdir()
         (bad / "a.png").write_bytes(b"not an image")
         text.write_text("<html>")
-        places = {"W": checkpoints[0], "I": images, "E": empty, "B": bad, "T": text}
+        torch.save({"g_a.0.weight": torch.zeros(3, 3)}, tmp_path / "other.pth")
+        places = {"O": tmp_path / "other.pth", "W": checkpoints[0], "I": images, "E": empty, "B": bad, "T": text}
         with pytest.raises(LalicError, match=message) as caught:
             main([str(places.get(a, a)) for a in arguments])
         assert "\n" not in str(caught.value)
