@@ -160,8 +160,8 @@ def _tiles(own: Curve, pairs: Sequence[Comparison], result: Result) -> str:
         value = f'<span class="{kind}">{number(pair.percent, 2, sign=True)}</span> <small>%</small>'
         anchor = pair.anchor.replace("-", "\u2011")  # not broken at its hyphen
         tiles.append((f"BD-rate to {anchor}, {QUALITY_NAMES[pair.metric]}", value))
-    tiles.append(("Rate", _span(own.bpp, 3, "bpp")))
-    tiles += [(QUALITY_NAMES[m], _span(own.values(m), 2, "dB")) for m in METRICS if own.has(m)]
+    tiles.append(("Rate in bpp", _span(own.bpp, 3)))
+    tiles += [(f"{QUALITY_NAMES[m]} in dB", _span(own.values(m), 2)) for m in METRICS if own.has(m)]
     gaps = result["results"].get("bpp-gap-percent")
     if isinstance(gaps, list) and all(isinstance(gap, int | float) for gap in gaps) and gaps:
         largest = max(gaps, key=abs)
@@ -170,9 +170,9 @@ def _tiles(own: Curve, pairs: Sequence[Comparison], result: Result) -> str:
     return f'<dl class="tiles">{items}</dl>'
 
 
-def _span(values: Sequence[float], digits: int, unit: str) -> str:
+def _span(values: Sequence[float], digits: int) -> str:
     low, high = number(min(values), digits), number(max(values), digits)
-    return f"{low if low == high else f'{low} – {high}'} <small>{unit}</small>"
+    return low if low == high else f"{low} – {high}"
 
 
 def _curves(own: Curve, others: Sequence[Curve]) -> str:

@@ -116,7 +116,11 @@ def surroundings(result: Result) -> str:
     for key in ("description", "command", "arithmetic", "date"):
         if result.get(key):
             pairs.append((key, _plain(result[key])))
-    items = "".join(f"<div><dt>{text(key)}</dt><dd>{text(value)}</dd></div>" for key, value in pairs if value)
+    items = "".join(
+        f'<div class="{"wide" if len(value) > 40 else "short"}"><dt>{text(key)}</dt><dd>{text(value)}</dd></div>'
+        for key, value in pairs
+        if value
+    )
     models = result.get("models")
     rows = []
     if isinstance(models, list):

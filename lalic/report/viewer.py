@@ -139,5 +139,8 @@ def _numbers(
         ]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr class="row-{slugs[label]}"><th scope="row">{text(label)}</th>{body}</tr>')
-    head = "<th></th><th>bpp</th><th>Bytes</th><th>PSNR</th><th>MS-SSIM</th>"
+    head = "".join(
+        f'<th scope="col">{name}</th>'
+        for name in ('<span class="hidden">Checkpoint</span>', "bpp", "Bytes", "PSNR", "MS-SSIM")
+    )
     return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
