@@ -100,9 +100,7 @@ def gallery(
     missing: list[str] = []
     for file in chosen(by_file, labels, options.max_images):
         if out.num_bytes > options.max_bytes:
-            out.remarks.append(
-                f"{len(out.images)} images are shown: the embedded pictures have reached {size(options.max_bytes)}."
-            )
+            out.remarks.append(f"No more images: the embedded ones have reached {size(options.max_bytes)}.")
             break
         try:
             original = read_rgb(_original(file, folder, images))
