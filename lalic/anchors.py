@@ -239,33 +239,38 @@ def encode(rgb: NDArray[np.uint8], key: str, point: float) -> bytes:
     return buffer.getvalue()
 
 
+def check(names: Sequence[str], dataset: str | None) -> list[str]:
+    """The keys of FORMATS that a user's list means: formats, `all` (that are installed) and `published`.
+
+    Raises LalicError for a format that is unknown or not installed, and for `published` without a known test set.
+    """
+    wanted: list[str] = []
+    for name in names:
+        if name.lower() == "all":
+            wanted += [key for key, codec in FORMATS.items() if codec.version()]
+        elif name.lower() != "published":
+            wanted.append(format_of(name))
+        elif dataset is None:
+            raise LalicError(
+                f"no published points for these images: they are none of {', '.join(DATASETS)}, by names and sizes"
+            )
+    return list(dict.fromkeys(wanted))
+
+
 def gather(
-    images: str | Path | Sequence[Source],
+    images: str | Path | Sequence[str | Path | NDArray[np.uint8]],
     names: Sequence[str],
     dataset: str | None,
     *,
     jobs: int = 1,
     progress: bool = False,
 ) -> list[Curve]:
-    """Curves by what a user asked for: formats, `all` (every one that is installed) or `published`.
-
-    Raises LalicError, before anything is measured, for a format that is unknown or not installed, and for
-    `published` where `dataset` has no published points.
-    """
-    wanted: list[str] = []
-    for name in names:
-        if name == "all":
-            wanted += [key for key, codec in FORMATS.items() if codec.version()]
-        elif name != "published":
-            wanted.append(format_of(name))
+    """Curves by a user's list, see `check`; `all` includes published points where `dataset` has some."""
+    wanted = check(names, dataset)
     curves = []
-    if "published" in names or ("all" in names and dataset):
-        if dataset is None:
-            raise LalicError(
-                f"no published points for these images: they are none of {', '.join(DATASETS)}, by names and sizes"
-            )
+    if dataset and {"all", "published"} & {name.lower() for name in names}:
         curves = published(dataset)
-    for key in dict.fromkeys(wanted):
+    for key in wanted:
         log.info("measuring %s", FORMATS[key].label)
         curves.append(measure_pillow(images, key, with_ms_ssim=True, jobs=jobs, progress=progress))
     return curves

@@ -1,27 +1,35 @@
 """Measure checkpoints on a folder of images: rate, quality and time, as a table and as JSON.
 
-    python -m lalic.eval -m LALIC -p CKPT... -q LABEL... -i IMAGES -o RECON --result OUT.json --real --verbose
+    lalic eval -p CKPT... [-q LABEL...] -i IMAGES -o RECON --result OUT.json --both [--anchors all]
+    torchrun --nproc_per_node N -m lalic.eval ...    (also: accelerate launch -m lalic.eval, srun -n N)
 
 Without `--real` the rate is estimated from the likelihoods; with `--real` every image is entropy-coded, and
 what is measured is the picture decoded from those bytes; `--both` does both and reports their gap. Images
 are extended to multiples of 64 for coding and cut back; the rate is per pixel of the image itself.
 
-Averages are over images. Those of the times leave the first image of each checkpoint out, unless it is the
-only one. An image that cannot be read is skipped, named on the screen and listed under "skipped" in the
-JSON. What is infinite or undefined (PSNR of identical pictures, MS-SSIM of images up to 160 pixels) is null
-in the JSON and left out of the averages. Reconstructions are written as PNG to RECON/LABEL/, in the
-sub-folders of the images.
+Averages are over images. Those of the times leave out each process's first image of a checkpoint, and every
+image that is the first of its size, where others remain. An image that cannot be read is skipped, named on
+the screen and listed under "skipped" in the JSON. What is infinite or undefined (PSNR of identical pictures,
+MS-SSIM of images up to 160 pixels) is null in the JSON and left out of the averages. Reconstructions are
+written as PNG to RECON/LABEL/, in the sub-folders of the images.
+
+Several processes share the images between them. With `--result`, what is measured is kept at once in
+OUT.json.progress/: an evaluation that was killed goes on there when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import logging
-import platform
+import os
+import shlex
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,106 +40,187 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from lalic import anchors
+from lalic.curve import Curve
 from lalic.data.images import list_images, read_rgb
-from lalic.errors import LalicError, run_main
-from lalic.files import atomic_open, write_json
-from lalic.measure import Row, gap_percent, measure
-from lalic.memory import PeakMemory
-from lalic.metrics import finite_mean, json_ready
-from lalic.release import Weights, open_weights, stem_of, versions
+from lalic.errors import LalicError, for_terminal, run_main
+from lalic.evaluation.journal import ImageSums, Journal, key_of
+from lalic.evaluation.options import device_of, labels_of, parser, precision
+from lalic.evaluation.ranks import Ranks, place
+from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
+from lalic.files import atomic_open, sha256_of, write_json
+from lalic.measure import Row, Session
+from lalic.metrics import json_ready
+from lalic.release import Weights, open_weights
 
 log = logging.getLogger("lalic.eval")
 
-AVERAGED = ("bpp", "bpp-estimated", "psnr", "psnr-unrounded", "ms-ssim", "ms-ssim-db")
-TIMES = ("enc_time", "dec_time", "forward_time")
+
+@dataclass
+class Work:
+    """What all checkpoints of one evaluation share."""
+
+    args: argparse.Namespace
+    command: list[str]
+    ranks: Ranks
+    device: torch.device
+    labels: list[str]
+    images: list[Path]
+    names: list[Path]
+    """Where each image's reconstruction goes, below the output folder and the label."""
+    journal: Journal
+    dataset: str | None
+    sums: ImageSums = field(default_factory=ImageSums)
+    skipped: dict[str, str] = field(default_factory=dict)
+    results: list[Row] = field(default_factory=list)
+    records: list[Row] = field(default_factory=list)
+    models: list[Row] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+
+    @property
+    def environment(self) -> Row:
+        """Of this process."""
+        return environment(self.device, precision(self.args), self.ranks.size)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Evaluate all checkpoints, one after the other; the JSON is written anew after each of them."""
-    args = _parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    args = parser(__doc__).parse_args(argv)
     args.real |= args.both
-    device = _device(args.cuda)
-    labels = _labels(args.checkpoints, args.qualities)
-    compressai.set_entropy_coder(args.entropy_coder)
-    images = list_images(args.input_dir)
-    names = reconstruction_names(images, args.input_dir)
-    for path in args.checkpoints:
-        if not path.exists():
-            raise LalicError(f"no such checkpoint: {path}")
-    if args.result:
-        args.result.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of evaluating
-
-    results: list[Row] = []
-    records: list[Row] = []
-    models: list[Row] = []
-    skipped: dict[str, str] = {}
-    for path, label in zip(args.checkpoints, labels, strict=True):
-        weights = open_weights(path)
-        folder = args.output_dir / label if args.output_dir else None
-        memory = PeakMemory(device)
-        rows = _evaluate(weights, label, images, names, folder, device, args, skipped)
-        records += rows
-        results.append({**averages(rows), "peak-memory-bytes": memory.bytes()})
-        models.append(_describe(weights, label, path))
+    if args.anchors == []:
+        args.anchors = ["all"]
+    ranks = Ranks(place(os.environ))
+    level = logging.INFO if ranks.first else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
+    work = ranks.together(lambda: _prepare(args, list(sys.argv[1:] if argv is None else argv), ranks))
+    for checkpoint, label in zip(args.checkpoints, work.labels, strict=True):
+        weights = ranks.together(partial(open_weights, checkpoint))
+        rows = _evaluate(weights, label, work)
+        work.records += rows
+        work.results.append(averages(rows))
+        work.models.append(describe_weights(weights, label, checkpoint))
+        if ranks.first and args.result:
+            write_json(args.result, _report(work))
+    ranks.close()
+    if not ranks.first:
+        return 0
+    if args.anchors:
+        jobs = len(os.sched_getaffinity(0))
+        work.curves = anchors.gather(_readable(work), args.anchors, work.dataset, jobs=jobs, progress=True)
         if args.result:
-            write_json(args.result, _report(args, labels, results, records, models, skipped, device))
-    print(table(labels, results))
-    if skipped:
-        print(f"{len(skipped)} of {len(images)} images could not be read and are not in these numbers")
+            write_json(args.result, _report(work))
+    work.journal.remove()
+    print(table(work.labels, work.results))
+    if work.curves:
+        print(anchors.table(work.curves))
+    if work.skipped:
+        print(f"{len(work.skipped)} of {len(work.images)} images could not be read and are not in these numbers")
     return 0
 
 
-def _evaluate(
-    weights: Weights,
-    label: str,
-    images: Sequence[Path],
-    names: Sequence[Path],
-    folder: Path | None,
-    device: torch.device,
-    args: argparse.Namespace,
-    skipped: dict[str, str],
-) -> list[Row]:
+def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work:
+    """Find everything that is wrong with the command line before anything is measured."""
+    device = device_of(args.cuda, ranks.local_rank)
+    labels = labels_of(args.checkpoints, args.qualities)
+    compressai.set_entropy_coder(args.entropy_coder)
+    images = list_images(args.input_dir)
+    for path in args.checkpoints:
+        if "://" not in path and not Path(path).exists():
+            raise LalicError(f"no such checkpoint: {path}")
+    dataset = anchors.dataset_of(images) if ranks.first else None
+    if args.anchors and ranks.first:
+        anchors.check(args.anchors, dataset)
+    journal = Journal(args.result, ranks.rank)
+    if args.result and ranks.first:
+        if args.result.is_dir():
+            raise LalicError(f"{args.result} is a folder: name the JSON file to write")
+        args.result.parent.mkdir(parents=True, exist_ok=True)  # now, not after an hour of evaluating
+        if args.fresh:
+            journal.remove()
+    names = reconstruction_names(images, args.input_dir)
+    return Work(args, command, ranks, device, labels, images, names, journal, dataset)
+
+
+def _evaluate(weights: Weights, label: str, work: Work) -> list[Row]:
     """Records of one checkpoint over all readable images; what cannot be read is added to `skipped`."""
-    model = weights.model.to(device).eval()
+    settings = {
+        "fingerprint": weights.fingerprint,
+        "mode": ["estimate", "real", "both"][work.args.real + work.args.both],
+        "coder": work.args.entropy_coder,
+        "environment": same_numbers(work.environment),
+    }
+    done = work.ranks.share(_measured_before(settings, label, work) if work.ranks.first else None)
+    todo = [i for i in range(len(work.images)) if str(i) not in done]
+    mine = todo[work.ranks.rank :: work.ranks.size]
+    if done and work.ranks.first:
+        log.info("%s: %d of %d images were measured before", label, len(done), len(work.images))
+    rows = _measure(weights, label, mine, settings, work)
+    found: dict[str, Row] = dict(done)
+    for theirs in work.ranks.gather({"rows": rows, "skipped": work.skipped}):
+        found |= {str(i): row for i, row in theirs["rows"].items()}
+        work.skipped |= theirs["skipped"]
+    if not found:
+        raise LalicError(f"none of the {len(work.images)} images in {work.args.input_dir} could be read")
+    # Whatever the file was called and the checkpoint was labelled when it was measured.
+    order = sorted(int(i) for i in found)
+    return [{**found[str(i)], "file": str(work.images[i]), "quality": label} for i in order]
+
+
+def _measured_before(settings: Mapping[str, Any], label: str, work: Work) -> dict[str, Row]:
+    """Records that a killed evaluation left, by the image's number; their reconstructions must still be there."""
+    entries = work.journal.entries()
+    found = {}
+    for i, path in enumerate(work.images) if entries else ():
+        entry = entries.get(key_of(settings, work.sums.of(path)))
+        if entry is None:
+            continue
+        if work.args.output_dir:
+            picture = work.args.output_dir / label / work.names[i]
+            if not picture.is_file() or sha256_of(picture) != entry.get("reconstruction"):
+                continue
+        found[str(i)] = entry["record"]
+    return found
+
+
+def _measure(
+    weights: Weights, label: str, mine: Sequence[int], settings: Mapping[str, Any], work: Work
+) -> dict[int, Row]:
+    """Measure this process's share of the images: {number of the image: record}."""
+    args = work.args
+    model = weights.model.to(work.device).eval()
     model.set_compute_dtype(torch.bfloat16 if args.half else None)
     if args.real:
         model.update()
-    rows: list[Row] = []
-    for path, name in zip(tqdm(images, desc=label, unit="image", disable=None), names, strict=True):
+    session = Session(model, real=args.real, estimate=args.both or not args.real, warm_up=args.warm_up)
+    rows: dict[int, Row] = {}
+    hidden = None if work.ranks.first else True  # None: where there is a terminal
+    for i in tqdm(mine, desc=label, unit="image", disable=hidden):
+        path = work.images[i]
         try:
             rgb = read_rgb(path)
         except LalicError as error:
-            if str(path) not in skipped:
-                log.warning("skipped: %s", error)
-            skipped[str(path)] = str(error)
+            if str(path) not in work.skipped:
+                log.warning("skipped: %s", for_terminal(str(error)))
+            work.skipped[str(path)] = str(error)
             continue
         try:
-            row, reconstruction = measure(model, rgb, real=args.real, estimate=args.both or not args.real)
+            row, reconstruction = session.measure(rgb)
         except LalicError as error:
             raise LalicError(f"{path} with {weights.source}: {error}") from error
-        rows.append({"file": str(path), "quality": label, **row})
+        rows[i] = {"file": str(path), "quality": label, **json_ready(row)}
+        if work.ranks.size > 1:
+            rows[i]["process"] = work.ranks.rank
         if args.verbose:
-            tqdm.write(f"{label} {path}: " + ", ".join(f"{k} {_short(v)}" for k, v in row.items()))
-        if folder:
-            _write_png(reconstruction, folder / name)
-    if not rows:
-        raise LalicError(f"none of the {len(images)} images in {args.input_dir} could be read")
+            numbers = ", ".join(f"{k} {short(v)}" for k, v in row.items())
+            tqdm.write(f"{label} {for_terminal(str(path))}: {numbers}")
+        written = _write_png(reconstruction, args.output_dir / label / work.names[i]) if args.output_dir else None
+        work.journal.append(key_of(settings, work.sums.of(path)), rows[i], written)
     return rows
 
 
-def averages(rows: Sequence[Row]) -> Row:
-    """Means over images by the names of the records; times leave the first image out where there are more."""
-    out: Row = {}
-    for key in AVERAGED:
-        if key in rows[0]:
-            out[key] = finite_mean(row[key] for row in rows)
-    if "bpp-estimated" in out:
-        out["bpp-gap-percent"] = gap_percent(out["bpp"], out["bpp-estimated"])
-    for key in TIMES:
-        if key in rows[0]:
-            out[key] = finite_mean(row[key] for row in (rows[1:] or rows))
-    return out
+def _readable(work: Work) -> list[Path]:
+    """The images that the averages are over."""
+    return [path for path in work.images if str(path) not in work.skipped]
 
 
 def reconstruction_names(images: Sequence[Path], root: Path) -> list[Path]:
@@ -148,154 +237,38 @@ def reconstruction_names(images: Sequence[Path], root: Path) -> list[Path]:
     ]
 
 
-def table(labels: Sequence[str], results: Sequence[Row]) -> str:
-    """The averages as aligned text, one line for each checkpoint."""
-    keys = [key for key in results[0] if key != "peak-memory-bytes"]
-    lines = [["label", *keys, "memory"]]
-    for label, row in zip(labels, results, strict=True):
-        memory = f"{row['peak-memory-bytes'] / 2**20:.0f} MiB"
-        lines.append([label, *(_short(row[key]) for key in keys), memory])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
-
-
-def _report(
-    args: argparse.Namespace,
-    labels: Sequence[str],
-    results: Sequence[Row],
-    records: Sequence[Row],
-    models: Sequence[Row],
-    skipped: dict[str, str],
-    device: torch.device,
-) -> Row:
+def _report(work: Work) -> Row:
     """What is written as JSON: the published code's name, description, results and records, and more."""
+    args = work.args
     coding = args.entropy_coder if args.real else "estimation"
-    precision = "bfloat16 transforms" if args.half else "float32"
-    done = list(labels[: len(results)])
+    done = list(work.labels[: len(work.results)])
+    description = f"{args.model}, coding: {coding}, cuda: {args.cuda}, {precision(args)}, quality: {done}"
     report = {
         "name": args.model,
-        "description": f"{args.model}, coding: {coding}, cuda: {args.cuda}, {precision}, quality: {done}",
-        "results": {key: [row[key] for row in results] for key in results[0]},
+        "description": description,
+        "results": columns(work.results),
         "qualities": done,
-        "models": models,
-        "images": {"folder": str(args.input_dir), "used": len(records) // len(done)},
-        "skipped": [{"file": file, "reason": reason} for file, reason in skipped.items()],
-        "environment": environment(device, precision),
-        "records": records,
+        "models": work.models,
+        "dataset": work.dataset,
+        "images": {"folder": str(args.input_dir), "used": len(work.records) // len(done)},
+        "reconstructions": str(args.output_dir) if args.output_dir else None,
+        "skipped": [{"file": file, "reason": reason} for file, reason in sorted(work.skipped.items())],
+        "anchors": [curve.to_json() for curve in work.curves],
+        "command": shlex.join(["lalic", "eval", *work.command]),
+        "environment": work.environment,
+        "records": work.records,
     }
     return json_ready(report)
 
 
-def _describe(weights: Weights, label: str, path: Path) -> Row:
-    return {
-        "quality": label,
-        "checkpoint": str(path),
-        "name": weights.name,
-        "step": weights.step,
-        "loss": weights.loss or None,
-        "fingerprint": weights.fingerprint,
-    }
-
-
-def environment(device: torch.device, precision: str) -> Row:
-    """What the numbers, above all the times, depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    packages = ("lalic", "torch", "compressai", "numpy", "pillow", "pytorch-msssim")
-    return {
-        "python": platform.python_version(),
-        **versions(*packages),
-        "device": device.type,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        "precision": precision,
-    }
-
-
-def _processor() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _device(cuda: bool) -> torch.device:
-    if cuda and not torch.cuda.is_available():
-        raise LalicError("--cuda: this machine (or this build of torch) has no CUDA device; leave the flag out")
-    return torch.device("cuda" if cuda else "cpu")
-
-
-def _labels(checkpoints: Sequence[Path], qualities: Sequence[str] | None) -> list[str]:
-    """One name for each checkpoint, which must do as a folder's name."""
-    labels = list(qualities) if qualities is not None else [stem_of(path.resolve()) for path in checkpoints]
-    if len(labels) != len(checkpoints):
-        raise LalicError(f"{len(checkpoints)} checkpoints (-p) but {len(labels)} labels (-q): give one each")
-    repeated = [label for label, count in Counter(labels).items() if count > 1]
-    if repeated:
-        raise LalicError(f"label {repeated[0]!r} stands for several checkpoints: give each its own with -q")
-    wrong = [label for label in labels if "/" in label or label in ("", ".", "..")]
-    if wrong:
-        raise LalicError(f"label {wrong[0]!r} cannot name a folder of reconstructions: choose another with -q")
-    return labels
-
-
-def _write_png(rgb: NDArray[np.uint8], path: Path) -> None:
+def _write_png(rgb: NDArray[np.uint8], path: Path) -> str:
+    """Write an (H, W, 3) uint8 picture; the SHA-256 of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(rgb).save(buffer, format="PNG", compress_level=1)
     with atomic_open(path) as file:
         file.write(buffer.getbuffer())
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lalic.eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", choices=("LALIC",), default="LALIC", help="architecture")
-    parser.add_argument(
-        "-p",
-        "--checkpoint",
-        dest="checkpoints",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="CKPT",
-        help="weights files, release bundles, checkpoint or run folders",
-    )
-    parser.add_argument(
-        "-q",
-        "--quality",
-        dest="qualities",
-        nargs="+",
-        metavar="LABEL",
-        help="a label for each checkpoint (default: its file name)",
-    )
-    parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of images")
-    parser.add_argument("-o", "--output-dir", type=Path, help="folder for the reconstructions")
-    parser.add_argument("-r", "--result", type=Path, help="JSON file to write")
-    parser.add_argument("--real", action="store_true", help="entropy-code, decode, and count the bytes")
-    parser.add_argument("--both", action="store_true", help="--real, and the estimated rate beside it")
-    parser.add_argument("--cuda", action="store_true", help="compute on the GPU; an error if there is none")
-    parser.add_argument(
-        "--half",
-        action="store_true",
-        help="run the transforms in bfloat16, on CPU and GPU; latents and probabilities stay in float32",
-    )
-    parser.add_argument(
-        "-c",
-        "--entropy-coder",
-        choices=compressai.available_entropy_coders(),
-        default=compressai.get_entropy_coder(),
-        help="entropy coder for --real (%(default)s)",
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each image")
-    return parser
+    return hashlib.sha256(buffer.getbuffer()).hexdigest()
 
 
 if __name__ == "__main__":

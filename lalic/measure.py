@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lalic.codec.coder import cut, decode, encode, pad
+from lalic.memory import PeakMemory
 from lalic.metrics import (
     bits_per_pixel,
     decibels,
@@ -27,42 +28,76 @@ from lalic.metrics import (
     to_tensor,
 )
 from lalic.model import LALIC
+from lalic.model.lalic import STRIDE
 
 Row = dict[str, Any]
 
 
-@torch.inference_mode()
-def measure(model: LALIC, rgb: NDArray[np.uint8], *, real: bool, estimate: bool) -> tuple[Row, NDArray[np.uint8]]:
-    """All numbers of one picture, and its reconstruction (H, W, 3) uint8.
+class Session:
+    """Measures pictures with one model, and knows which of them found it warm.
 
-    With `real`, the picture is entropy-coded and decoded again, and the quality is that of the decoded
-    picture; the model must have been `update()`d. With `estimate`, the rate comes from the likelihoods of a
-    forward pass. With both, `bpp` is the real rate, and `bpp-estimated` and `bpp-gap-percent` stand beside
-    it.
+    Args:
+        real: entropy-code and decode each picture; the quality is that of the decoded picture, and the model must
+            have been `update()`d.
+        estimate: take the rate from the likelihoods of a forward pass. With both, `bpp` is the real rate, and
+            `bpp-estimated` and `bpp-gap-percent` stand beside it.
+        warm_up: run each size once, unmeasured, before its first picture.
     """
-    if not (real or estimate):
-        raise ValueError("nothing to measure: real or estimate must be chosen")
-    height, width = rgb.shape[:2]
-    x = to_tensor(rgb).to(next(model.parameters()).device)
-    row: Row = {"width": width, "height": height}
-    if estimate:
-        estimated, x_hat = _forward(model, x)
-        row.update(estimated)
-    if real:
-        coded, x_hat = _code(model, x)
-        row.update(coded)
-        if estimate:
-            row["bpp-estimated"] = estimated["bpp"]
-            row["bpp-gap-percent"] = gap_percent(row["bpp"], estimated["bpp"])
-    reconstruction = to_rgb8(x_hat)
-    similarity = ms_ssim(rgb, reconstruction)
-    row |= {
-        "psnr": psnr(rgb, reconstruction),
-        "psnr-unrounded": psnr_unrounded(rgb, x_hat),
-        "ms-ssim": similarity,
-        "ms-ssim-db": decibels(similarity),
-    }
-    return row, reconstruction
+
+    def __init__(self, model: LALIC, *, real: bool, estimate: bool, warm_up: bool = False):
+        if not (real or estimate):
+            raise ValueError("nothing to measure: real or estimate must be chosen")
+        self.model, self.real, self.estimate, self.warm_up = model, real, estimate, warm_up
+        self._sizes: set[tuple[int, int]] = set()
+        self._first = True
+
+    @torch.inference_mode()
+    def measure(self, rgb: NDArray[np.uint8]) -> tuple[Row, NDArray[np.uint8]]:
+        """All numbers of one picture, and its reconstruction (H, W, 3) uint8.
+
+        `timing` says what its times may be used for: "first" of the session, the first of a "new-size", or "warm".
+        """
+        height, width = rgb.shape[:2]
+        x = to_tensor(rgb).to(next(self.model.parameters()).device)
+        # The model sees the padded picture: libraries prepare themselves for that size.
+        size = (height + STRIDE - 1) // STRIDE, (width + STRIDE - 1) // STRIDE
+        if size not in self._sizes and self.warm_up:
+            self._compute(x)
+            self._sizes.add(size)
+        timing = "first" if self._first else "warm" if size in self._sizes else "new-size"
+        memory = PeakMemory(x.device)
+        row, x_hat = self._compute(x)
+        peak = memory.bytes()  # before the quality is measured, which takes memory too
+        self._first = False
+        self._sizes.add(size)
+        reconstruction = to_rgb8(x_hat)
+        similarity = ms_ssim(rgb, reconstruction)
+        quality = {
+            "psnr": psnr(rgb, reconstruction),
+            "psnr-unrounded": psnr_unrounded(rgb, x_hat),
+            "ms-ssim": similarity,
+            "ms-ssim-db": decibels(similarity),
+        }
+        return {"width": width, "height": height, **row, **quality, "peak-memory-bytes": peak, "timing": timing}, (
+            reconstruction
+        )
+
+    def _compute(self, x: Tensor) -> tuple[Row, Tensor]:
+        row: Row = {}
+        if self.estimate:
+            row, x_hat = _forward(self.model, x)
+        if self.real:
+            estimated = row.get("bpp")
+            coded, x_hat = _code(self.model, x)
+            row |= coded
+            if estimated is not None:
+                row |= {"bpp-estimated": estimated, "bpp-gap-percent": gap_percent(row["bpp"], estimated)}
+        return row, x_hat
+
+
+def measure(model: LALIC, rgb: NDArray[np.uint8], *, real: bool, estimate: bool) -> tuple[Row, NDArray[np.uint8]]:
+    """All numbers of one picture, and its reconstruction (H, W, 3) uint8; see Session."""
+    return Session(model, real=real, estimate=estimate).measure(rgb)
 
 
 def gap_percent(real: float, estimated: float) -> float:

@@ -2,29 +2,34 @@
 
 H, W: image height and width. Pictures are (H, W, 3) uint8 arrays, the RGB that people get; the unrounded PSNR
 takes the decoder's float output as well. Everything is computed on the CPU in float64, so a number does not
-depend on the device that decoded the picture.
+depend on the device that decoded the picture, and strip by strip, so that large pictures take little memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_msssim import ms_ssim as _ms_ssim
 from torch import Tensor
 
-MS_SSIM_MIN_SIDE = 161
-"""Five scales of an 11-tap window need sides above (11 - 1) * 2^4 = 160 pixels."""
+from lalic.ms_ssim import MIN_SIDE, ms_ssim_rgb8
+
+MS_SSIM_MIN_SIDE = MIN_SIDE
+"""161: five scales of an 11-tap window need sides above (11 - 1) * 2^4 = 160 pixels."""
 
 
 def to_rgb8(x_hat: Tensor) -> NDArray[np.uint8]:
     """Decoder output (1, 3, H, W) or (3, H, W) -> (H, W, 3) uint8, clamped to [0, 1] and rounded."""
-    x = x_hat.detach().reshape(x_hat.shape[-3:]).float().clamp(0, 1)
-    return (x * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    x = x_hat.detach().reshape(x_hat.shape[-3:])
+    out = np.empty((*x.shape[1:], 3), dtype=np.uint8)
+    for part in _strips(out.shape):
+        rounded = x[:, part].float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        out[part] = rounded.permute(1, 2, 0).cpu().numpy()
+    return out
 
 
 def to_tensor(rgb: NDArray[np.uint8]) -> Tensor:
@@ -35,8 +40,11 @@ def to_tensor(rgb: NDArray[np.uint8]) -> Tensor:
 def psnr(original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float:
     """PSNR in dB of two 8-bit RGB pictures over all three channels; `math.inf` when they are identical."""
     _check_same_shape(original.shape, reconstruction.shape)
-    difference = original.astype(np.float64) - reconstruction.astype(np.float64)
-    return _psnr_from_mse(float(np.mean(difference**2)), peak=255.0)
+    squares = 0  # exact: integers
+    for part in _strips(original.shape):
+        difference = original[part].astype(np.int64) - reconstruction[part]
+        squares += int(np.vdot(difference, difference))
+    return _psnr_from_mse(squares / original.size, peak=255.0)
 
 
 def psnr_unrounded(original: NDArray[np.uint8], x_hat: Tensor) -> float:
@@ -44,9 +52,13 @@ def psnr_unrounded(original: NDArray[np.uint8], x_hat: Tensor) -> float:
 
     This is what most papers' evaluation scripts print; it is a little higher than `psnr` at high rates.
     """
-    x = x_hat.detach().reshape(x_hat.shape[-3:]).permute(1, 2, 0).double().clamp(0, 1).cpu().numpy()
-    _check_same_shape(original.shape, x.shape)
-    return _psnr_from_mse(float(np.mean((original / 255.0 - x) ** 2)), peak=1.0)
+    x = x_hat.detach().reshape(x_hat.shape[-3:]).permute(1, 2, 0)
+    _check_same_shape(original.shape, tuple(x.shape))
+    squares = []
+    for part in _strips(original.shape):
+        difference = original[part] / 255.0 - x[part].double().clamp(0, 1).cpu().numpy()
+        squares.append(float(np.vdot(difference, difference)))
+    return _psnr_from_mse(math.fsum(squares) / original.size, peak=1.0)
 
 
 def ms_ssim(original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> float | None:
@@ -54,8 +66,7 @@ def ms_ssim(original: NDArray[np.uint8], reconstruction: NDArray[np.uint8]) -> f
     _check_same_shape(original.shape, reconstruction.shape)
     if min(original.shape[:2]) < MS_SSIM_MIN_SIDE:
         return None
-    a, b = (torch.tensor(p).permute(2, 0, 1)[None].double() / 255 for p in (original, reconstruction))
-    return float(_ms_ssim(a, b, data_range=1.0))
+    return ms_ssim_rgb8(original, reconstruction)
 
 
 def decibels(similarity: float | None) -> float | None:
@@ -95,6 +106,12 @@ def json_ready(value: Any, digits: int = 8) -> Any:
 
 def _psnr_from_mse(mse: float, peak: float) -> float:
     return math.inf if mse == 0 else 10 * math.log10(peak**2 / mse)
+
+
+def _strips(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a picture, some at a time: float64 copies of all of a large one would take many times its memory."""
+    rows = max(1, (1 << 20) // max(1, shape[1]))
+    yield from (slice(top, top + rows) for top in range(0, shape[0], rows))
 
 
 def _check_same_shape(a: tuple[int, ...], b: tuple[int, ...]) -> None:

@@ -110,7 +110,7 @@ class TestDatasetOf:
         assert {"alberto-montalesi-176097", "zugr-108"} <= set(known)
         clic = [f"{name}.png" for name in known] + [f"unknown-{i}.png" for i in range(41 - len(known))]
         assert dataset_of(clic) == "clic_professional_valid"
-        assert dataset_of(clic[1:] + ["x.png"]) is None
+        assert dataset_of([*clic[1:], "x.png"]) is None
         assert dataset_of([*clic, "x.png"]) is None
 
     def test_nothing(self, tmp_path: Path) -> None:
