@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lalic.errors import LalicError, run_main
+from lalic.published import DATASETS
 from lalic.report.html import size
 from lalic.report.page import write_report
 from lalic.report.pictures import PictureOptions
@@ -24,11 +25,9 @@ from lalic.results import Collection, read_result
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Write the report of a result file."""
     args = _parser().parse_args(argv)
-    defaults = PictureOptions()
     options = PictureOptions(
         args.max_images, args.max_side, args.max_mib * 2**20, args.quality, args.lossless, args.error_gain
     )
-    del defaults
     result = read_result(args.result)
     if "results" not in result:
         raise LalicError(
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     collection = Collection(args.compare, dataset=args.dataset)
     if args.dataset:
         result = {**result, "dataset": args.dataset}
-    compared = [curve for metric in ("psnr",) for curve in collection.tests(metric)]
+    compared = collection.tests("psnr")
     write_report(
         result,
         args.output,
@@ -62,9 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("result", help="result file of lalic eval, of the published code, or of CompressAI")
     parser.add_argument("-o", "--output", type=Path, required=True, help="HTML file to write")
     parser.add_argument("--images", type=Path, help="folder of the originals (default: where the result says)")
-    parser.add_argument("--reconstructions", type=Path, help="folder that lalic eval -o wrote (default: no pictures)")
+    parser.add_argument(
+        "--reconstructions", type=Path, help="folder that lalic eval -o wrote (default: where the result says)"
+    )
     parser.add_argument("--compare", nargs="+", default=[], metavar="RESULT", help="more curves to compare with")
-    parser.add_argument("--dataset", help="test set of the published curves (default: recognised by the images)")
+    parser.add_argument("--dataset", choices=DATASETS, help="test set of the published curves (default: the images')")
     parser.add_argument("--no-published", action="store_true", help="leave published curves out")
     parser.add_argument(
         "--max-images", type=int, default=default.max_images, help="images shown, from low to high PSNR (%(default)s)"

@@ -38,7 +38,7 @@ def write_report(
         result: what `lalic eval` writes as JSON, or another result file that lalic.results understands.
         path: the HTML file.
         images: folder of the originals; None: where the result says that they were.
-        reconstructions: the folder that `lalic eval -o` wrote; None: no pictures.
+        reconstructions: the folder that `lalic eval -o` wrote; None: where the result says that it is, or no pictures.
         compared: more curves to draw and to compare with.
         with_published: also those published for the test set that the images are.
         options: how much of the pictures is embedded.
@@ -47,7 +47,8 @@ def write_report(
     """
     path = Path(path)
     originals = Path(images) if images is not None else None
-    folder = Path(reconstructions) if reconstructions is not None else None
+    reconstructions = reconstructions or result.get("reconstructions")
+    folder = Path(reconstructions) if isinstance(reconstructions, str | Path) else None
     page = build(result, str(path), originals, folder, compared, with_published, options or PictureOptions())
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

@@ -68,9 +68,18 @@ def records(rows: Sequence[Result], names: Mapping[str, str]) -> str:
     return table(head, body, "Every image")
 
 
+# What a result file may hold twice: under CompressAI's names too, MS-SSIM in decibels and plainly.
+_SAME = {
+    "psnr-rgb": ("psnr",),
+    "ms-ssim": ("ms-ssim-db",),
+    "ms-ssim-rgb": ("ms-ssim-db", "ms-ssim"),
+    "encoding_time": ("enc_time", "forward_time"),
+    "decoding_time": ("dec_time", "forward_time"),
+}
+
+
 def _told_twice(key: str, values: Mapping[str, Any]) -> bool:
-    """MS-SSIM itself, where it stands in decibels as well."""
-    return key == "ms-ssim" and "ms-ssim-db" in values
+    return any(other in values for other in _SAME.get(key, ()))
 
 
 def number_cell(value: Any, key: str) -> str:
