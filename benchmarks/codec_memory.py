@@ -1,13 +1,14 @@
 """Peak memory and time of encoding and decoding pictures of several sizes, whole and in strips.
 
     python benchmarks/codec_memory.py [--model full|small|demo] [--size W H ...] [--ways default whole] [--threads 2]
-                                      [--limit-gib 16] [--output FILE.json]
+                                      [--device cpu|cuda] [--limit-gib 16] [--output FILE.json]
 
     default   as the codec does it: strips (lalic/model/strips.py) where a tensor would be larger than a limit
     whole     every layer on the whole picture at once
 
 Each case runs in a process of its own, whose address space is limited, from an 8-bit picture to its strings and back.
-Peak is all of the process's resident memory, Python, torch and the weights included. The weights are random, with
+Peak is all of the process's resident memory, Python, torch and the weights included; with `--device cuda` that of the
+CUDA allocator, and the address space is not limited. The weights are random, with
 latents of a usual rate, the same for all sizes. Where a size is measured both ways, the second is compared with the
 first: the latents y that g_a makes of the picture, and the picture that g_s makes of the first one's y_hat.
 With --output, cases that the file holds already are kept, and replaced where they are measured again.
@@ -40,7 +41,7 @@ CALIBRATION = (768, 512)
 """Size of the picture whose latents the random weights are scaled for."""
 
 
-def measure(model_name: str, size: tuple[int, int], way: str, folder: Path) -> dict[str, Any]:
+def measure(model_name: str, size: tuple[int, int], way: str, folder: Path, device: str) -> dict[str, Any]:
     """Encode and decode once in this process; leaves in `folder`, or compares with what is there."""
     import numpy as np
     import torch
@@ -52,17 +53,17 @@ def measure(model_name: str, size: tuple[int, int], way: str, folder: Path) -> d
 
     if way == "whole":
         strips.WHOLE_BYTES = 1 << 60
-    model = make_model(model_name, make_picture(None, CALIBRATION))
+    model = make_model(model_name, make_picture(None, CALIBRATION)).to(device)
     rgb = to_rgb8(make_picture(None, size))
     kept: dict[str, Any] = {}
-    model.g_a.register_forward_hook(lambda _layer, _inputs, y: kept.update(y=y.numpy().copy()))
+    model.g_a.register_forward_hook(lambda _layer, _inputs, y: kept.update(y=y.cpu().numpy().copy()))
     model.g_s.register_forward_hook(
-        lambda _layer, inputs, x_hat: kept.update(y_hat=inputs[0].numpy().copy(), x_hat=x_hat.numpy())
+        lambda _layer, inputs, x_hat: kept.update(y_hat=inputs[0].cpu().numpy().copy(), x_hat=x_hat.cpu().numpy())
     )
-    row: dict[str, Any] = {"model": model_name, "width": size[0], "height": size[1], "way": way}
+    row: dict[str, Any] = {"model": model_name, "device": device, "width": size[0], "height": size[1], "way": way}
 
     def timed(name: str, task: Any) -> Any:
-        peak, started = PeakMemory(torch.device("cpu")), time.perf_counter()
+        peak, started = PeakMemory(torch.device(device)), time.perf_counter()
         result = task()
         row[f"{name}_s"], row[f"{name}_peak_mib"] = time.perf_counter() - started, peak.bytes() / 2**20
         return result
@@ -81,7 +82,7 @@ def measure(model_name: str, size: tuple[int, int], way: str, folder: Path) -> d
         return row
     first = {name: torch.from_numpy(np.load(path)) for name, path in files.items()}
     with torch.no_grad():
-        x_hat = model.g_s(first["y_hat"]).clamp_(0, 1)
+        x_hat = model.g_s(first["y_hat"].to(device)).clamp_(0, 1).cpu()
     row["y_largest_difference"] = (torch.from_numpy(y) - first["y"]).abs().max().item()
     row["y_rms"] = first["y"].square().mean().sqrt().item()
     row["x_hat_largest_difference"] = (x_hat - first["x_hat"]).abs().max().item()
@@ -95,9 +96,11 @@ def run_cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             for way in arguments.ways:
                 case = ["--case", arguments.model, *map(str, size), way, folder]
-                command = [sys.executable, __file__, "--threads", str(arguments.threads), *case]
+                command = [sys.executable, __file__, "--threads", str(arguments.threads), "--device", arguments.device, *case]
 
                 def limit() -> None:
+                    if arguments.device == "cuda":
+                        return
                     most = int(arguments.limit_gib * 2**30)
                     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
@@ -129,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, nargs=2, action="append", metavar=("W", "H"), help="default: four sizes")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--limit-gib", type=float, default=16, help="address space of each process (%(default)s)")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--case", nargs=5, help=argparse.SUPPRESS)
@@ -141,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.case:
         model, width, height, way, folder = arguments.case
-        print(json.dumps(measure(model, (int(width), int(height)), way, Path(folder))))
+        print(json.dumps(measure(model, (int(width), int(height)), way, Path(folder), arguments.device)))
         return 0
     rows = run_cases(arguments)
     if arguments.output:
@@ -150,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
         result = {
             "command": " ".join(["python benchmarks/codec_memory.py", *(sys.argv[1:] if argv is None else argv)]),
-            "environment": describe(arguments.threads),
+            "environment": describe(arguments.threads, arguments.device),
             "rows": merge(old, rows),
         }
         write_json(arguments.output, result)
