@@ -7,8 +7,9 @@
     whole     every layer on the whole picture at once
 
 Each case runs in a process of its own, whose address space is limited, from an 8-bit picture to its strings and back.
-Peak is all of the process's resident memory, Python, torch and the weights included; with `--device cuda` that of the
-CUDA allocator, and the address space is not limited. The weights are random, with
+Peak is all of the process's resident memory, Python, torch and the weights included, with the allocator as it is by
+itself; seconds are the clock's, and the processors', which a busy machine changes less. With `--device cuda` the peak is
+that of PyTorch's CUDA allocator, and nothing is limited. The weights are random, with
 latents of a usual rate, the same for all sizes. Where a size is measured both ways, the second is compared with the
 first: the latents y that g_a makes of the picture, and the picture that g_s makes of the first one's y_hat.
 With --output, cases that the file holds already are kept, and replaced where they are measured again.
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.codec import MODELS, make_model, make_picture  # noqa: E402 -- found from the checkout
-from benchmarks.machine import MALLOC, describe  # noqa: E402
+from benchmarks.machine import describe  # noqa: E402
 from lalic.errors import LalicError, run_main  # noqa: E402
 
 SIZES = [(768, 512), (1920, 1080), (3840, 2160), (8192, 8192)]
@@ -41,8 +42,8 @@ CALIBRATION = (768, 512)
 """Size of the picture whose latents the random weights are scaled for."""
 
 
-def measure(model_name: str, size: tuple[int, int], way: str, folder: Path, device: str) -> dict[str, Any]:
-    """Encode and decode once in this process; leaves in `folder`, or compares with what is there."""
+def measure(model_name: str, size: tuple[int, int], way: str, folder: Path | None, device: str) -> dict[str, Any]:
+    """Encode and decode once in this process; what comes out is left in `folder`, or compared with what is there."""
     import numpy as np
     import torch
 
@@ -56,25 +57,30 @@ def measure(model_name: str, size: tuple[int, int], way: str, folder: Path, devi
     model = make_model(model_name, make_picture(None, CALIBRATION)).to(device)
     rgb = to_rgb8(make_picture(None, size))
     kept: dict[str, Any] = {}
-    model.g_a.register_forward_hook(lambda _layer, _inputs, y: kept.update(y=y.cpu().numpy().copy()))
-    model.g_s.register_forward_hook(
-        lambda _layer, inputs, x_hat: kept.update(y_hat=inputs[0].cpu().numpy().copy(), x_hat=x_hat.cpu().numpy())
-    )
+    if folder:
+        model.g_a.register_forward_hook(lambda _layer, _inputs, y: kept.update(y=y.cpu().numpy().copy()))
+        model.g_s.register_forward_hook(
+            lambda _layer, inputs, x_hat: kept.update(y_hat=inputs[0].cpu().numpy().copy(), x_hat=x_hat.cpu().numpy())
+        )
     row: dict[str, Any] = {"model": model_name, "device": device, "width": size[0], "height": size[1], "way": way}
 
     def timed(name: str, task: Any) -> Any:
-        peak, started = PeakMemory(torch.device(device)), time.perf_counter()
+        peak, started, worked = PeakMemory(torch.device(device)), time.perf_counter(), time.process_time()
         result = task()
-        row[f"{name}_s"], row[f"{name}_peak_mib"] = time.perf_counter() - started, peak.bytes() / 2**20
+        row[f"{name}_s"], row[f"{name}_cpu_s"] = time.perf_counter() - started, time.process_time() - worked
+        row[f"{name}_peak_mib"] = peak.bytes() / 2**20
+        print(json.dumps(row), file=sys.stderr, flush=True)
         return result
 
     coded = timed("encode", lambda: encode_image(model, rgb))
-    y = kept.pop("y")
+    y = kept.pop("y", None)
     decoded = timed("decode", lambda: decode_image(model, coded))
     row |= {"bpp": 8 * coded.num_bytes / (size[0] * size[1])}
     row["arithmetic"] = getattr(coded, "arithmetic", "float32")
     if max(size) < 8192:  # PSNR in float64 takes more memory than the codec
         row["psnr"] = psnr(rgb, decoded)
+    if folder is None:
+        return row
     files = {name: folder / f"{name}.npy" for name in ("y", "y_hat", "x_hat")}
     if not files["y"].exists():
         for name, values in {"y": y, "y_hat": kept["y_hat"], "x_hat": kept["x_hat"]}.items():
@@ -95,8 +101,9 @@ def run_cases(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for size in arguments.size or SIZES:
         with tempfile.TemporaryDirectory() as folder:
             for way in arguments.ways:
-                case = ["--case", arguments.model, *map(str, size), way, folder]
-                command = [sys.executable, __file__, "--threads", str(arguments.threads), "--device", arguments.device, *case]
+                case = ["--case", arguments.model, *map(str, size), way, folder if len(arguments.ways) > 1 else ""]
+                options = ["--threads", str(arguments.threads), "--device", arguments.device]
+                command = [sys.executable, __file__, *options, *case]
 
                 def limit() -> None:
                     if arguments.device == "cuda":
@@ -145,7 +152,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     if arguments.case:
         model, width, height, way, folder = arguments.case
-        print(json.dumps(measure(model, (int(width), int(height)), way, Path(folder), arguments.device)))
+        place = Path(folder) if folder else None
+        print(
+            json.dumps(
+                measure(model, (int(width), int(height)), way, Path(folder) if folder else None, arguments.device)
+            )
+        )
         return 0
     rows = run_cases(arguments)
     if arguments.output:
@@ -154,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
         result = {
             "command": " ".join(["python benchmarks/codec_memory.py", *(sys.argv[1:] if argv is None else argv)]),
-            "environment": describe(arguments.threads, arguments.device),
+            "environment": {k: v for k, v in describe(arguments.threads, arguments.device).items() if k != "malloc"},
             "rows": merge(old, rows),
         }
         write_json(arguments.output, result)
@@ -164,7 +176,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
-        os.environ.update(MALLOC)
-        os.execv(sys.executable, [sys.executable, *sys.argv])
     run_main(main)

@@ -215,6 +215,32 @@ def decode_costs(result: dict[str, Any]) -> str:
     return section("What float64 arithmetic costs", result, text, table(titles, rows))
 
 
+def codec_memory(result: dict[str, Any]) -> str:
+    rows = []
+    for r in result["rows"]:
+        case = (r["model"], f"{r['width']}x{r['height']}", r["way"])
+        if "error" in r:
+            rows.append((*case, r["error"], *[""] * 5))
+            continue
+        peaks = [f"{r[f'{task}_peak_mib']:.0f}" for task in ("encode", "decode")]
+        seconds = [f"{r[f'{task}_s']:.0f} ({r[f'{task}_cpu_s']:.0f})" for task in ("encode", "decode")]
+        apart = (
+            [f"{r['y_largest_difference'] / r['y_rms']:.0e}", f"{r['x_hat_largest_difference']:.0e}"]
+            if "y_rms" in r
+            else ["", ""]
+        )
+        rows.append((*case, *peaks, *seconds, *apart))
+    titles = ("model", "picture", "computed", "MiB to encode", "to decode", "s to encode (of processors)", "to decode")
+    text = (
+        "default: in strips where a tensor would be larger than 1 GiB; whole: never. Apart: the largest difference "
+        "between the two, of y beside its rms, and of the picture (white is 1) that g_s makes of the same latents. "
+        "The load of the machine was "
+        + " to ".join(f"{f(r['load_average'] for r in result['rows']):.0f}" for f in (min, max))
+        + ", so compare the processors' seconds."
+    )
+    return section("Memory of the codec", result, table((*titles, "y apart", "x_hat apart"), rows), text)
+
+
 def sharding(result: dict[str, Any]) -> str:
     rows = [
         (
@@ -396,9 +422,10 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train_step": train_step,
     "profile_step": profile,
     "checkpoint": checkpoint,
-    "codec": codec,
     "decode_matrix": decode_matrix,
     "decode_costs": decode_costs,
+    "codec_c": codec,  # codec_cpu, codec_cuda, not codec_memory
+    "codec_memory": codec_memory,
     "sharding": sharding,
     "loader": loader,
     "sample_order": sample_order,

@@ -147,7 +147,7 @@ class BiRWKVBlock(nn.Module):
 
         Without gradients, a large x is mixed in strips; with `in_place` the result may then stand where x stood.
         """
-        if strips.too_large(x.shape[0] * x.shape[2] * strips.row_bytes(self, x.shape[3])):
+        if self.takes_strips(x):
             return self._mix_in_strips(x, in_place)
         if not (self.training and torch.is_grad_enabled()):
             return self._mix(x)
@@ -156,6 +156,10 @@ class BiRWKVBlock(nn.Module):
             # Nothing in a block draws random numbers, so their state needs no stash.
             return checkpoint(mix, self, x, use_reentrant=False, preserve_rng_state=False)
         return mix(self, x)
+
+    def takes_strips(self, x: Tensor) -> bool:
+        """Whether x (B, C, H, W) is so large that it is mixed in strips."""
+        return strips.too_large(x.shape[0] * x.shape[2] * strips.row_bytes(self, x.shape[3]))
 
     def _mix(self, x: Tensor) -> Tensor:
         # No copy where x is channels-last already. The residual stream has the parameters' precision.
@@ -178,14 +182,15 @@ def _in_channels_last(layer: nn.Module, x: Tensor) -> Tensor:
 
 def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """`nn.Sequential` of convolutions and blocks, channels-last: x (B, C, H, W), not changed -> (B, C', H', W')."""
-    given = x.untyped_storage().data_ptr()
+    owned = False  # whether x is what a layer returned, and nobody else holds
     for layer in layers:
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             x = strips.convolve(layer, x, partial(_in_channels_last, layer))
-        elif isinstance(layer, BiRWKVBlock) and x.untyped_storage().data_ptr() != given:
-            x = layer(x, in_place=True)  # what the layer before returned, and nobody else holds
+        elif owned and isinstance(layer, BiRWKVBlock) and layer.takes_strips(x):
+            x = layer(x, in_place=True)
         else:
             x = layer(x)
+        owned = isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | BiRWKVBlock)
     return x
 
 

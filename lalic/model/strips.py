@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 WHOLE_BYTES = 1 << 30
 """Without gradients, what needs no larger tensor than this is computed whole: pictures up to 2048 x 1088 are."""
 
-STRIP_BYTES = 128 << 20
-"""Of the largest tensor of a strip: few for the memory, and enough that the two rows around it cost little."""
+STRIP_BYTES = 64 << 20
+"""Of the largest tensor of a strip: near the caches, but not so low that the two rows above and below cost much."""
 
 CACHED_TOKENS = 2048
 """Tokens whose sums are made at once on a CPU, in its caches."""
