@@ -8,8 +8,8 @@
 
 Each case runs in a process of its own, whose address space is limited, from an 8-bit picture to its strings and back.
 Peak is all of the process's resident memory, Python, torch and the weights included, with the allocator as it is by
-itself; seconds are the clock's, and the processors', which a busy machine changes less. With `--device cuda` the peak is
-that of PyTorch's CUDA allocator, and nothing is limited. The weights are random, with
+itself; seconds are the clock's, and the processors', which a busy machine changes less. With `--device cuda` the peak
+is that of PyTorch's CUDA allocator, and nothing is limited. The weights are random, with
 latents of a usual rate, the same for all sizes. Where a size is measured both ways, the second is compared with the
 first: the latents y that g_a makes of the picture, and the picture that g_s makes of the first one's y_hat.
 With --output, cases that the file holds already are kept, and replaced where they are measured again.
@@ -153,11 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.case:
         model, width, height, way, folder = arguments.case
         place = Path(folder) if folder else None
-        print(
-            json.dumps(
-                measure(model, (int(width), int(height)), way, Path(folder) if folder else None, arguments.device)
-            )
-        )
+        print(json.dumps(measure(model, (int(width), int(height)), way, place, arguments.device)))
         return 0
     rows = run_cases(arguments)
     if arguments.output:
