@@ -91,7 +91,7 @@ def measure(model_name: str, size: tuple[int, int], way: str, folder: Path | Non
         x_hat = model.g_s(first["y_hat"].to(device)).clamp_(0, 1).cpu()
     row["y_largest_difference"] = (torch.from_numpy(y) - first["y"]).abs().max().item()
     row["y_rms"] = first["y"].square().mean().sqrt().item()
-    row["x_hat_largest_difference"] = (x_hat - first["x_hat"]).abs().max().item()
+    row["x_hat_largest_difference"] = (x_hat - first["x_hat"].clamp(0, 1)).abs().max().item()
     return row
 
 

@@ -75,7 +75,8 @@ def test_strips_are_the_whole_block_with_less_memory(
 
 
 def test_strips_of_a_whole_transform(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model().cuda()
-    x = torch.rand(1, 3, 512, 768, device="cuda")
+    # In float32 cuDNN's convolutions round to TF32, and by other algorithms for other heights.
+    model = make_model().cuda().double()
+    x = torch.rand(1, 3, 512, 768, device="cuda", dtype=torch.float64)
     whole, in_strips, _, _ = both_ways(monkeypatch, model.g_a, x)
-    assert (whole - in_strips).abs().max() <= 1e-4 * whole.abs().max()
+    assert (whole - in_strips).abs().max() <= 1e-9 * whole.abs().max()
