@@ -341,8 +341,8 @@ def fuzz_codec(result: dict[str, Any]) -> str:
     ]
     ends = [(text.removeprefix("the file ").removeprefix("the file's "), n) for text, n in result["outcomes"].items()]
     text = (
-        "Right: the very picture of a valid file came out. Memory: growth of the resident set at its peak, of which the "
-        f"first {result['slack_mib']} MiB count as nothing."
+        "Right: the very picture of a valid file came out. Memory: growth of the resident set at its peak, of which "
+        f"the first {result['slack_mib']} MiB count as nothing."
     )
     kinds = table(("altered files", "tried", "refused in one line", "right"), rows)
     measured = table(("", "measured", "demanded"), demands)
