@@ -52,8 +52,8 @@ def test_a_short_run(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_longer_run(root: Path, tmp_path: Path) -> None:
-    result = fuzz(root, 2000, 2_000_000, tmp_path / "fuzz.json")
-    check(result, 2000)
+    result = fuzz(root, 1000, 2_000_000, tmp_path / "fuzz.json")
+    check(result, 1000)
     assert set(result["mutations"]) == set(fuzz_mutations.MUTATIONS)
     assert set(result["arithmetics"]) == {"float32", "float64"}
 
@@ -61,12 +61,12 @@ def test_a_longer_run(root: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_header_fuzzer(root: Path, tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="atheris is an optional tool: pip install atheris")
-    command = [sys.executable, "benchmarks/fuzz_header.py", "--runs", "20000", "--crashes", str(tmp_path)]
+    command = [sys.executable, "benchmarks/fuzz_header.py", "--runs", "5000", "--crashes", str(tmp_path)]
     done = subprocess.run([*command, "--output", str(tmp_path / "f.json")], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     targets = json.loads((tmp_path / "f.json").read_text())["targets"]
     assert set(targets) == set(fuzz_header.TARGETS)
-    assert all(t["runs"] >= 20000 and t["crashed"] == 0 for t in targets.values())
+    assert all(t["runs"] >= 5000 and t["crashed"] == 0 for t in targets.values())
     assert targets["parse"]["edges"] > 80
 
 
@@ -263,7 +263,7 @@ class TestRansBounds:
     def test_no_invalid_read_under_valgrind(self, tmp_path: Path, padded: bool) -> None:
         """Without the padding valgrind sees reads beyond the string; with it, none."""
         rng = np.random.default_rng(2)
-        strings = [hostile(rng, 64) for _ in range(40)] + [b"\xff" * longest_string(64)]
+        strings = [hostile(rng, 64) for _ in range(12)] + [b"\xff" * longest_string(64)]
         cases = [(s + bytes(overrun(len(s), 64) if padded else 0)).hex() for s in strings]
         library = importlib.util.find_spec("compressai.ans").origin
         (tmp_path / "cases.json").write_text(json.dumps({"library": library, "strings": cases, "tables": tables()}))
