@@ -1,7 +1,7 @@
 """Files of one process decoded in others that compute differently: which latents come out, and what that costs.
 
     python benchmarks/decode_matrix.py [--model small stress full BUNDLE ...] [--images PHOTO.png ...]
-                                       [--device cpu|cuda] [--rounds N] [--output FILE.json]
+                                       [--device cpu|cuda] [--few] [--rounds N] [--output FILE.json]
     python benchmarks/decode_matrix.py --write FOLDER ...          encode only, keep the files
     python benchmarks/decode_matrix.py --read FOLDER ...           decode only: on another machine, on another device
 
@@ -46,14 +46,16 @@ OLDER = {
 STRESS = 2.0
 
 
-def configurations(device: str) -> list[dict[str, Any]]:
-    """All ways of decoding that this device has."""
+def configurations(device: str, few: bool = False) -> list[dict[str, Any]]:
+    """All ways of decoding that this device has, or a `few` that differ from the encoder's in one point each."""
     if device == "cuda":
         grid = itertools.product(("cuda", "torch"), ("highest", "high"))
         return [{**BASE, "threads": 1, "backend": backend, "precision": precision} for backend, precision in grid]
     keys = ("threads", "onednn", "backend", "precision")
     grid = itertools.product((2, 1), (True, False), ("cpp", "torch"), ("highest", "medium"))
     everywhere = [{**BASE, **dict(zip(keys, values, strict=True))} for values in grid]
+    if few:
+        everywhere = [c for c in everywhere if sum(c[key] != BASE[key] for key in keys) <= 1]
     return [*everywhere, *({**BASE, "processor": name} for name in OLDER)]
 
 
@@ -108,10 +110,10 @@ def write(folders: Sequence[Path], images: Sequence[Path], device: str) -> None:
         write_json(folder / "files.json", made[folder.name])
 
 
-def read(folders: Sequence[Path], device: str) -> list[dict[str, Any]]:
+def read(folders: Sequence[Path], device: str, few: bool) -> list[dict[str, Any]]:
     """One row for every configuration: outcomes of the files of each arithmetic, over all models."""
     rows = []
-    for configuration in configurations(device):
+    for configuration in configurations(device, few):
         results = work(configuration, device, task="decode", folders=folders)
         row: dict[str, Any] = {**configuration, "models": {}}
         for model, files in results.items():
@@ -171,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", nargs="+", default=["small", "stress"], help="small, full, demo, stress, or bundles")
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to encode")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--few", action="store_true", help="differ from the encoder in one point at a time")
     parser.add_argument("--rounds", type=int, help="measure times and memory instead of the matrix, over N rounds")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="encode into this folder and end")
     parser.add_argument("--read", type=Path, metavar="FOLDER", help="decode what --write left there")
@@ -206,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "encoded_on": "another machine" if arguments.read else arguments.device,
             "rates": {folder.name: rates(folder) for folder in folders},
             "costs": timed,
-            "matrix": [] if arguments.rounds else read(folders, arguments.device),
+            "matrix": [] if arguments.rounds else read(folders, arguments.device, arguments.few),
         }
     if arguments.output:
         write_json(arguments.output, result)
