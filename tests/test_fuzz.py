@@ -15,6 +15,7 @@ import pytest
 from tiny_codec import tiny_model
 
 from benchmarks import fuzz_codec, fuzz_header, fuzz_mutations
+from benchmarks import tables as tables_of_results
 from lalic.codec import bitstream
 from lalic.codec.coder import longest_string, overrun
 from lalic.codec.pictures import Picture
@@ -47,7 +48,9 @@ def check(result: dict, files: int) -> None:
 
 
 def test_a_short_run(root: Path, tmp_path: Path) -> None:
-    check(fuzz(root, 60, 1_000_000, tmp_path / "fuzz.json"), 60)
+    result = fuzz(root, 60, 1_000_000, tmp_path / "fuzz.json")
+    check(result, 60)
+    assert f"| **all** | **60** | **{result['refused']}** |" in tables_of_results.fuzz_codec(result)
 
 
 @pytest.mark.slow
