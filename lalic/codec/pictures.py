@@ -178,12 +178,17 @@ def check_suffix(target: Path) -> None:
         raise LalicError(f"{target}: write one of {', '.join(LOSSLESS)}; other formats would lose quality again")
 
 
+def check_colour(target: Path, gray: bool) -> None:
+    """LalicError for a format that cannot hold the picture's colours."""
+    if target.suffix.lower() == ".pgm" and not gray:
+        raise LalicError(f"{target}: .pgm holds gray pictures and this one has colours; write .ppm or .png")
+
+
 def write_picture(picture: Picture, target: Path) -> str:
     """Write `picture` to `target` in the format its suffix names; a note on what that format cannot hold, or ""."""
     suffix, note = target.suffix.lower(), ""
     kind = LOSSLESS[suffix]
-    if suffix == ".pgm" and not picture.gray:
-        raise LalicError(f"{target}: .pgm holds gray pictures and this one has colours; write .ppm or .png")
+    check_colour(target, picture.gray)
     image = Image.fromarray(picture.rgb)
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
