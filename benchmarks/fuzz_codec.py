@@ -41,7 +41,7 @@ LIMIT = 2.0
 """Times a normal decode: CPU time and memory."""
 SLACK_BYTES = 8 << 20
 """Memory that the allocator may take in one piece, whatever the file."""
-STALLED_S = 60
+STALLED_S = 180
 TOLERANCE = 2.0**-19
 """In place of lalic.model.exact.TOLERANCE."""
 MAX_PIXELS = 1 << 18

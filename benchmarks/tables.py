@@ -199,19 +199,17 @@ def decode_matrix(result: dict[str, Any]) -> str:
 
 
 def decode_costs(result: dict[str, Any]) -> str:
-    rows = [
-        (model, arithmetic, *(f"{r[key]:.0f}" for key in ("encode_ms_median", "decode_ms_median", "peak_mb")))
-        for model, both in result["costs"].items()
-        for arithmetic, r in both.items()
-    ]
+    keys = ("encode_ms_median", "decode_ms_median", "encode_cpu_ms_median", "decode_cpu_ms_median", "peak_mb")
+    rows = []
     for model, both in result["costs"].items():
-        ratios = (both["float64"][key] / both["float32"][key] for key in ("encode_ms_median", "decode_ms_median"))
+        rows += [(model, arithmetic, *(f"{r[key]:.0f}" for key in keys)) for arithmetic, r in both.items()]
+        ratios = (both["float64"][key] / both["float32"][key] for key in keys[:-1])
         rows.append((model, "float64 / float32", *(f"{ratio:.2f}x" for ratio in ratios), ""))
     text = (
         f"{result['images'][0]}, median of the rounds; MB: by how much the process grew at its peak. The load average "
-        f"of the machine was {result['environment']['load_average']:.1f}."
+        f"of the machine was {result['environment']['load_average']:.1f}, which CPU times feel less than wall times."
     )
-    titles = ("model", "arithmetic", "encode, ms", "decode, ms", "MB")
+    titles = ("model", "arithmetic", "encode, ms", "decode, ms", "encode, CPU ms", "decode, CPU ms", "MB")
     return section("What float64 arithmetic costs", result, text, table(titles, rows))
 
 
@@ -416,6 +414,37 @@ def checkpoint(result: dict[str, Any]) -> str:
     return section("Checkpoints", result, table(titles, rows), text)
 
 
+def fuzz_codec(result: dict[str, Any]) -> str:
+    rows = [
+        (name.replace("_", " "), sum(ends.values()), ends.get("refused", 0), ends.get("right", 0))
+        for name, ends in result["mutations"].items()
+    ]
+    rows.append(("**all**", f"**{result['files']}**", f"**{result['refused']}**", f"**{result['right']}**"))
+    bad = ("wrong", "other exceptions", "crashes", "hangs")
+    demands = [(f"files that ended in: {name}", result[name], "0") for name in bad]
+    demands += [
+        (f"{name}, worst, of a normal decode's", f"{worst:.2f}x", f"<= {result['limit']:.0f}x")
+        for name, worst in result["worst"].items()
+    ]
+    ends = [(text.removeprefix("the file ").removeprefix("the file's "), n) for text, n in result["outcomes"].items()]
+    text = (
+        "Right: the very picture of a valid file came out. Memory: growth of the resident set at its peak, of which "
+        f"the first {result['slack_mib']} MiB count as nothing."
+    )
+    kinds = table(("altered files", "tried", "refused in one line", "right"), rows)
+    measured = table(("", "measured", "demanded"), demands)
+    return section("Altered .lalic files", result, kinds, measured, text, table(("how they ended", "files"), ends))
+
+
+def fuzz_header(result: dict[str, Any]) -> str:
+    rows = [
+        (name, *(figures[key] for key in ("runs", "edges", "features", "corpus", "crashed")))
+        for name, figures in result["targets"].items()
+    ]
+    titles = (f"atheris {result['atheris']}", "runs", "edges", "features", "corpus", "crashes")
+    return section("Coverage-guided fuzzing of what is read before the model runs", result, table(titles, rows))
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -433,6 +462,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "backends": backends,
     "kernel_resources": resources,
     "faults": faults,
+    "fuzz_codec": fuzz_codec,
+    "fuzz_header": fuzz_header,
 }
 
 

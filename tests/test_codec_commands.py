@@ -315,7 +315,7 @@ NO_PICTURES = {
     "pages": (saved(FRAMES, "TIFF"), "3 pages"),
     "floats": (saved([Image.fromarray(np.zeros((4, 4), np.float32))], "TIFF"), "floating point"),
     "32 bits": (saved([Image.fromarray(np.zeros((4, 4), np.int32))], "TIFF"), "32-bit integers"),
-    "65000 square": (png(65000, 65000), "too many pixels.*--max-pixels"),
+    "65000 square": (png(65000, 65000), "too many pixels.*: scale it down$"),
     "9000 square": (png(9000, 9000), "too many pixels.*--max-pixels"),
     "70000 wide": (png(70000, 2), "sides up to 65535"),
     "no width": (png(0, 5), "damaged|not an image"),
@@ -333,6 +333,19 @@ class TestTheRealCommand:
         (tmp_path / "in.png").write_bytes(data)
         self.refused(["compress", "in.png", "out.lalic", "--weights", str(weights)], message, capsys)
         assert [p.name for p in tmp_path.iterdir()] == ["in.png"]
+
+    def test_what_is_no_file(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: Path) -> None:
+        (tmp_path / "folder.png").mkdir()
+        with open(tmp_path / "huge.png", "wb") as file:
+            file.truncate(10 << 40)
+        for name, message in (
+            ("folder.png", "is a folder"),
+            ("/dev/zero", "no regular file"),
+            ("missing.png", "no such file"),
+            ("huge.png", "too large"),
+        ):
+            self.refused(["compress", name, "out.lalic", "--weights", str(weights)], message, capsys)
+            self.refused(["info", name], r"not a file|no such file|not a \.lalic file", capsys)
 
     NO_WEIGHTS = ("html", "empty", "scales", "another architecture", "another file")
 

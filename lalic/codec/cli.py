@@ -74,11 +74,12 @@ def compress(
 
 def decompress(source: Path, target: Path, weights_path: str | None, force: bool, max_pixels: int) -> int:
     """Write the picture in the `.lalic` file `source` to `target`, a lossless format by its suffix."""
-    from lalic.codec.pictures import check_suffix, decode_picture, write_picture
+    from lalic.codec.pictures import check_colour, check_suffix, decode_picture, write_picture
 
     check_suffix(target)
     _check_target(target, source, force)
     parsed, size = bitstream.read(source, max_pixels)
+    check_colour(target, parsed.image.colour == bitstream.GRAY)
     import torch
 
     from lalic.codec.weights import weights_for

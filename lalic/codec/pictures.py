@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 FORMATS = (*images.FORMATS, "TIFF", "GIF")
 LOSSLESS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP", ".ppm": "PPM", ".pgm": "PPM"}
 """Suffixes that pictures are written with, and Pillow's names of their formats."""
+_LARGEST_PIXEL = 32
+"""Bytes: three numbers of 16 bits as text take 18."""
 _WITH_ALPHA = ("PNG", "TIFF")
 
 
@@ -62,8 +64,7 @@ def read_picture(path: Path, max_pixels: int = images.MAX_PIXELS) -> Picture:
     file; LalicError for a missing file.
     """
     name = str(path)
-    if path.is_dir():
-        raise LalicError(f"{path} is a folder: name one picture")
+    _check_source(path, max_pixels)
     data = images.read_bytes(path)
 
     def check(image: Image.Image) -> None:
@@ -75,7 +76,10 @@ def read_picture(path: Path, max_pixels: int = images.MAX_PIXELS) -> Picture:
     except ImageError as error:
         if error.reason != "too many pixels":
             raise
-        raise LalicError(f"{error}: scale it down, or raise --max-pixels if the memory is there") from error
+        # Pillow has a limit of its own, which no option raises.
+        fixed = isinstance(error.__cause__, Image.DecompressionBombError)
+        advice = "scale it down" + ("" if fixed else ", or raise --max-pixels if the memory is there")
+        raise LalicError(f"{error}: {advice}") from error
     try:
         if image.mode == "I" and image.format == "TIFF":
             raise ImageError(name, "unsupported pixel format", "32-bit integers")
@@ -93,6 +97,19 @@ def read_picture(path: Path, max_pixels: int = images.MAX_PIXELS) -> Picture:
         alpha = None
     red, green, blue = (rgb[..., c] for c in range(3))
     return Picture(rgb, alpha, gray=bool((red == green).all() and (green == blue).all()))
+
+
+def _check_source(path: Path, max_pixels: int) -> None:
+    """LalicError for what is no file, or so large that it cannot be a picture: it is read as a whole."""
+    if not path.exists():
+        raise LalicError(f"no such file: {path}")
+    if not path.is_file():
+        raise LalicError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: name one picture")
+    most = _LARGEST_PIXEL * max_pixels + (64 << 20)
+    if (size := path.stat().st_size) > most:
+        raise ImageError(
+            str(path), "too large", f"{size:,} bytes, no picture within --max-pixels has more than {most:,}"
+        )
 
 
 def _refuse_several(image: Image.Image, name: str) -> None:
@@ -161,12 +178,17 @@ def check_suffix(target: Path) -> None:
         raise LalicError(f"{target}: write one of {', '.join(LOSSLESS)}; other formats would lose quality again")
 
 
+def check_colour(target: Path, gray: bool) -> None:
+    """LalicError for a format that cannot hold the picture's colours."""
+    if target.suffix.lower() == ".pgm" and not gray:
+        raise LalicError(f"{target}: .pgm holds gray pictures and this one has colours; write .ppm or .png")
+
+
 def write_picture(picture: Picture, target: Path) -> str:
     """Write `picture` to `target` in the format its suffix names; a note on what that format cannot hold, or ""."""
     suffix, note = target.suffix.lower(), ""
     kind = LOSSLESS[suffix]
-    if suffix == ".pgm" and not picture.gray:
-        raise LalicError(f"{target}: .pgm holds gray pictures and this one has colours; write .ppm or .png")
+    check_colour(target, picture.gray)
     image = Image.fromarray(picture.rgb)
     if picture.alpha is not None:
         image.putalpha(Image.fromarray(picture.alpha))
