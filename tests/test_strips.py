@@ -205,12 +205,13 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("sides", [(14, 6), (7, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize("strip_bytes", [1, 3000, 10**9])
 @pytest.mark.parametrize("name", LAYERS)
-def test_convolution(name, strip_bytes, monkeypatch):
+def test_convolution(name, strip_bytes, sides, monkeypatch):
     torch.manual_seed(0)
     layer = LAYERS[name]().double()
-    x = random(2, 3, 14, 6)
+    x = random(2, 3, *sides)
     with torch.no_grad():
         want = layer(x)
         cut(monkeypatch, strip_bytes)
