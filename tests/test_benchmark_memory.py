@@ -22,13 +22,19 @@ def test_figures(root: Path, tmp_path: Path) -> None:
     assert second["y_largest_difference"] == second["x_hat_largest_difference"] == 0
     assert all(first[f"{task}_peak_mib"] > 50 for task in ("encode", "decode"))
 
-    done = run(root, "--size", 64, 65, "--ways", "default", "--output", output)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(output.read_text())["rows"]
-    assert [(r["width"], r["height"], r["way"]) for r in rows] == [
-        (64, 65, "default"),
-        (70, 64, "default"),
-        (70, 64, "whole"),
+
+def test_cases_add_up(root: Path) -> None:
+    sys.path.insert(0, str(root))
+    from benchmarks.codec_memory import merge
+
+    def row(width: int, way: str, seconds: int = 0) -> dict[str, object]:
+        return {"model": "demo", "width": width, "height": 64, "way": way, "encode_s": seconds}
+
+    old = [row(128, "default"), row(64, "whole", 1)]
+    assert merge(old, [row(64, "whole", 2), row(64, "default")]) == [
+        row(64, "default"),
+        row(64, "whole", 2),
+        row(128, "default"),
     ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lalic.codec import coder
 from lalic.codec.coder import decode, encode
 from lalic.model import LALIC, functions, strips
 from lalic.model.blocks import BiRWKVBlock, CheckerboardConv, EntropyParameters, EntropyParametersBlock, run_layers
@@ -205,12 +206,13 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("sides", [(14, 6), (7, 5)], ids=["even", "odd"])
 @pytest.mark.parametrize("strip_bytes", [1, 3000, 10**9])
 @pytest.mark.parametrize("name", LAYERS)
-def test_convolution(name, strip_bytes, monkeypatch):
+def test_convolution(name, strip_bytes, sides, monkeypatch):
     torch.manual_seed(0)
     layer = LAYERS[name]().double()
-    x = random(2, 3, 14, 6)
+    x = random(2, 3, *sides)
     with torch.no_grad():
         want = layer(x)
         cut(monkeypatch, strip_bytes)
@@ -287,6 +289,18 @@ def test_files_decode_to_what_the_encoder_has(tiny, monkeypatch):
         want = tiny.g_s(latents[0]).clamp(0, 1)[..., :100, :130]
     assert (decoded - want).abs().max() < 1e-4
     assert abs(coded.num_bytes - rate) <= 4  # no tiles: strips cost nothing
+
+
+@pytest.mark.skipif(not hasattr(coder, "decode_latents"), reason="this codec has no float64 arithmetic")
+@pytest.mark.parametrize("encoder, decoder", [(NEVER, 0), (0, NEVER)], ids=["whole to strips", "strips to whole"])
+def test_float64_files_decode_alike_either_way(tiny, encoder, decoder, monkeypatch):
+    x = nn.functional.interpolate(random(1, 3, 10, 13, dtype=torch.float32).sigmoid(), (100, 130), mode="bicubic")
+    cut(monkeypatch, 20_000)
+    monkeypatch.setattr(strips, "WHOLE_BYTES", encoder)
+    coded = encode(tiny, x.clamp(0, 1))
+    want = coder.decode_latents(tiny, coded)
+    monkeypatch.setattr(strips, "WHOLE_BYTES", decoder)
+    assert torch.equal(coder.decode_latents(tiny, coded), want)
 
 
 # Memory

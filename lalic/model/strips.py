@@ -53,7 +53,8 @@ def too_large(nbytes: int) -> bool:
 def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function(x), which computes `layer`: (B, C, H, W) -> (B, C', H', W').
 
-    The layer keeps the sides, or divides or multiplies them by its stride, as all of LALIC's do.
+    The layer keeps the sides, or divides or multiplies them by its stride, as all of LALIC's do. Sides that its stride
+    does not divide are computed whole.
     """
     size, stride = layer.kernel_size[0], layer.stride[0]
     up = isinstance(layer, nn.ConvTranspose2d)
@@ -66,7 +67,7 @@ def convolve(layer: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, function: Callabl
     if x.dtype == torch.float64 and x.device.type == "cpu":  # torch writes the patches out
         channels.append(size * size * (layer.out_channels if up else layer.in_channels))
     step_bytes = across * max(channels) * x.element_size()
-    if not too_large(batch * steps * step_bytes):
+    if height % rows_in or width % rows_in or not too_large(batch * steps * step_bytes):
         return function(x)
     out: Tensor | None = None
     for image, strip in _strips(batch, steps, step_bytes):
@@ -130,7 +131,7 @@ def _mix_tokens(block: BiRWKVBlock, image: Tensor, strips: list[Rows]) -> None:
         return mix.key(shifted)[0].flatten(0, 1).to(dtype), mix.value(shifted)[0].flatten(0, 1).to(dtype)
 
     found = [summaries(w, *keys_and_values(s)) for _, s in _shifted(mix.omni_shift, block.ln1, image, strips)]
-    before, behind = _arriving(found, [(rows.stop - rows.start) * image.shape[1] * w.double() for rows in strips])
+    before, behind = _arriving(found, [(rows.stop - rows.start) * image.shape[1] * _wide(w) for rows in strips])
     shifted_strips = _shifted(mix.omni_shift, block.ln1, image, strips)
     for (rows, shifted), left, right in zip(shifted_strips, before, behind, strict=True):
         attended = _attend(w, u, *keys_and_values(shifted), left, right)
@@ -173,8 +174,13 @@ def _strips(batch: int, height: int, row_bytes: int) -> Iterator[tuple[int, Rows
             yield image, slice(start, min(start + count, height))
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float64, where its device has that."""
+    return x if x.device.type == "mps" else x.double()
+
+
 class Token(NamedTuple):
-    """One token that stands for many: key and value (C,), in float64."""
+    """One token that stands for many: key and value (C,), in float64 (see `_wide`)."""
 
     key: Tensor
     value: Tensor
@@ -203,7 +209,7 @@ def summaries(w: Tensor, keys: Tensor, values: Tensor) -> tuple[Token, Token]:
     size = min(count, CACHED_TOKENS if keys.device.type == "cpu" else count)
     from_first = torch.arange(size, dtype=w.dtype, device=w.device)[:, None] * w
     from_last = from_first.flip(0)
-    wide = w.double()
+    wide = _wide(w)
     as_last: Token | None = None
     for start in range(0, count, size):
         k, v = keys[start : start + size], values[start : start + size]
@@ -222,9 +228,8 @@ def _weighted_mean(exponents: Tensor, values: Tensor) -> Token:
     """Of values (n, C) with the weights exp(exponents) (n, C), which is overwritten; and the weights' sum."""
     top = exponents.amax(0)
     weights = exponents.sub_(top).exp_()
-    total = weights.sum(0)
-    mean = weights.mul_(values).sum(0).double() / total.double()
-    return Token(top.double() + total.double().log(), mean)
+    total = _wide(weights.sum(0))
+    return Token(_wide(top) + total.log(), _wide(weights.mul_(values).sum(0)) / total)
 
 
 def _arriving(found: list[tuple[Token, Token]], lengths: list[Tensor]) -> tuple[list[Token | None], list[Token | None]]:
