@@ -9,6 +9,7 @@
     compressai          `--baseline compressai`: CompressAI's compress and decompress on the same model, no checks
     published           `--published DIR`, a checkout of the published code, on a GPU: its model with these weights
 
+The entropy path is computed in float32, as CompressAI does; decode_matrix.py tells what float64 costs.
 Weights are random, with a spread of the latents over the channels that gives a usual rate. Before anything is timed,
 the decoded picture must be the one the encoder's latents give, and the strings those of CompressAI. Every round runs
 everything once, so that what else the machine does falls on all alike; a ratio is the median of the rounds' ratios,
@@ -93,16 +94,17 @@ def make_tasks(model: Any, x: Any, baseline: str | None, published: Path | None)
     import torch
 
     from benchmarks.codec_stages import network_alone
+    from lalic.codec.bitstream import FLOAT32
     from lalic.codec.coder import cut, decode, encode, pad
 
-    coded = encode(model, x)
+    coded = encode(model, x, FLOAT32)
     decoded = decode(model, coded)
     with torch.no_grad():
         y_hat = model.messages(pad(x))[2]
         expected = cut(model.g_s(y_hat).clamp(0, 1), *x.shape[-2:])
     if not (decoded - expected).abs().max().item() <= (1e-5 if x.is_cuda else 0):
         raise LalicError("the decoded picture is not the encoder's; no times of wrong results")
-    tasks: dict[str, Task] = {"encode": lambda: encode(model, x), "decode": lambda: decode(model, coded)}
+    tasks: dict[str, Task] = {"encode": lambda: encode(model, x, FLOAT32), "decode": lambda: decode(model, coded)}
     tasks |= {f"network of {name}": network_alone(model, task) for name, task in list(tasks.items())}
     if baseline:
         from benchmarks.codec_baselines import compressai_tasks

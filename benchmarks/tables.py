@@ -152,6 +152,69 @@ def codec(result: dict[str, Any]) -> str:
     return section("Encoding and decoding", result, ratios, times)
 
 
+def decode_matrix(result: dict[str, Any]) -> str:
+    def outcomes(row: dict[str, Any], arithmetic: str) -> list[str]:
+        found = [m[arithmetic] for m in row["models"].values()]
+        count = {kind: sum(f.get(kind, 0) for f in found) for kind in ("equal", "other latents", "refused")}
+        worst = max(m["largest_difference"][arithmetic] for m in row["models"].values())
+        return [*map(str, count.values()), f"{worst:.0e}" if worst else "0"]
+
+    def said(value: Any) -> str:
+        return ("on" if value else "off") if isinstance(value, bool) else str(value)
+
+    settings = ("processor", "threads", "onednn", "backend", "precision")
+    rows = [
+        (*(said(row[key]) for key in settings), *outcomes(row, "float64"), *outcomes(row, "float32")[:3])
+        for row in result["matrix"]
+    ]
+    titles = ("processor", "threads", "oneDNN", "BiWKV", "matmul precision", "float64: equal", "other", "refused")
+    matrix = table((*titles, "largest difference", "float32: equal", "other", "refused"), rows)
+    rates = [
+        (
+            name,
+            r["images"],
+            f"{r['bpp']:.3f}",
+            r["bytes"]["float32"],
+            r["bytes"]["float64"],
+            r["exceptions"]["float64"],
+            f"{r['more_percent']:+.3f} %",
+            f"{r['more_percent_worst']:+.3f} %",
+        )
+        for name, r in result["rates"].items()
+    ]
+    titles = ("model", "pictures", "bpp", "bytes of float32 files", "of float64 files", "of these exceptions")
+    text = (
+        f"Models {', '.join(result['rates'])}; pictures {', '.join(result['images']) or 'as they came'}, encoded on "
+        f"{result['encoded_on']}. Equal: the encoder's latents, bit by bit. Other: the same symbols, but means with "
+        "float32's noise. The largest difference between encoder and decoder of a scale or mean before it is decided "
+        f"is to be compared with the tolerance, {result['tolerance']:.1e}."
+    )
+    return section(
+        "Files decoded by processes that compute differently",
+        result,
+        text,
+        matrix,
+        table((*titles, "more", "worst"), rates),
+    )
+
+
+def decode_costs(result: dict[str, Any]) -> str:
+    rows = [
+        (model, arithmetic, *(f"{r[key]:.0f}" for key in ("encode_ms_median", "decode_ms_median", "peak_mb")))
+        for model, both in result["costs"].items()
+        for arithmetic, r in both.items()
+    ]
+    for model, both in result["costs"].items():
+        ratios = (both["float64"][key] / both["float32"][key] for key in ("encode_ms_median", "decode_ms_median"))
+        rows.append((model, "float64 / float32", *(f"{ratio:.2f}x" for ratio in ratios), ""))
+    text = (
+        f"{result['images'][0]}, median of the rounds; MB: by how much the process grew at its peak. The load average "
+        f"of the machine was {result['environment']['load_average']:.1f}."
+    )
+    titles = ("model", "arithmetic", "encode, ms", "decode, ms", "MB")
+    return section("What float64 arithmetic costs", result, text, table(titles, rows))
+
+
 def sharding(result: dict[str, Any]) -> str:
     rows = [
         (
@@ -334,6 +397,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "profile_step": profile,
     "checkpoint": checkpoint,
     "codec": codec,
+    "decode_matrix": decode_matrix,
+    "decode_costs": decode_costs,
     "sharding": sharding,
     "loader": loader,
     "sample_order": sample_order,

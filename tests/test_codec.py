@@ -254,10 +254,10 @@ class TestFormat:
     @given(
         width=st.integers(1, 65535),
         height=st.integers(1, 1024),
-        words=st.lists(st.integers(0, 300), max_size=40),
+        words=st.lists(st.integers(0, 300), min_size=1, max_size=40),
         checksum=st.integers(0, 2**32 - 1),
         label=st.sampled_from([0, *range(1, 7), *range(9, 15)]),
-        threads=st.integers(1, 255),
+        threads=st.integers(1, 64),
     )
     def test_pack_and_parse(
         self, width: int, height: int, words: list[int], checksum: int, label: int, threads: int

@@ -1,31 +1,10 @@
-"""The `.lalic` file, byte by byte.
+"""The `.lalic` file, format version 2: what is in it, `pack` and `parse`. docs/bitstream.md is its specification.
 
-All integers are little-endian; a varint is LEB128 (seven bits per byte, least significant first, the high bit
-set on all but the last byte) without superfluous bytes.
+A file is a header, then up to three sections (strings, exceptions, alpha), each followed by the CRC-32 of its bytes.
 
-    size      field
-    4         magic: 8B 4C 41 4C ("\\x8bLAL")
-    1         version: 1
-    1         model label: bits 0-2 quality (1-6, 0 = not on a ladder), bit 3 metric (0 = MSE, 1 = MS-SSIM),
-              bits 4-7 zero. For people; the fingerprint decides.
-    8         model fingerprint: the first 8 bytes of the SHA-256 of its published weights
-    1         threads the encoder computed with (1-255); the decoder takes as many, since the order of
-              floating-point sums depends on it
-    varint    image width, 1-65535
-    varint    image height, 1-65535
-    1         n: number of strings
-    n varints lengths of the strings in units of 4 bytes
-    n         desynchronisation checks, one byte for each string, in the order of coding (z first, see
-              lalic.codec.coder)
-    4         checksum of all latents: the full CRC-32 of which the checks are samples
-    sum       the strings, in CompressAI's order: two for each channel group of y, then z
-    4         CRC-32 (zlib) of all bytes before it
-
-The picture is 8-bit RGB. It was extended to multiples of 64 pixels at the right and at the bottom by
-repeating its last column and row, and is cut back to width x height after decoding.
-
-The CRC is checked before any other field is believed, so damage in storage or transport (every flipped byte,
-every truncation) is found before anything is decoded or allocated.
+What holds for every file that `parse` accepts: each byte is covered by one CRC, nothing is left over, and no field has
+a second spelling, so that `pack` of what was read gives the same bytes again. The header's CRC is checked before any
+field is believed; nothing is allocated that is not in the file.
 """
 
 from __future__ import annotations
@@ -33,19 +12,33 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from lalic.errors import LalicError
 from lalic.ladder import LADDERS, quality_of
 
 MAGIC = b"\x8bLAL"
-VERSION = 1
+VERSION = 2
+BIT_DEPTH = 8
 MAX_SIDE = 65535
 MAX_PIXELS = 8192 * 8192
 """Larger pictures are decoded only on demand: what decoding needs of memory and time follows the header."""
+MAX_THREADS = 64
+
+FLOAT32 = "float32"
+FLOAT64 = "float64"
+"""Arithmetics of the entropy path, see lalic.codec.coder: files in FLOAT64 decode alike on every machine."""
+RGB = "rgb"
+GRAY = "gray"
+"""Colours: what the picture's channels are. A gray picture is coded as three equal channels."""
 
 _FINGERPRINT_BYTES = 8
 _METRICS = tuple(LADDERS)
-_FIXED = struct.Struct(f"<4sBB{_FINGERPRINT_BYTES}sB")
+_FIXED = struct.Struct(f"<4sBBB{_FINGERPRINT_BYTES}s")
+_CRC_BYTES = 4
+_GRAY, _ALPHA, _FLOAT64 = 1, 2, 4
+_MAX_HEADER = 2048
+"""Bytes that no header exceeds, with 255 strings of the longest lengths."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,10 @@ class CodedImage:
         strings: in CompressAI's order, two for each channel group of y, then z.
         checks: one byte for each string, in the order of coding (z first).
         checksum: CRC-32 over all tables, indexes and symbols.
+        arithmetic: of the entropy path, FLOAT32 or FLOAT64.
+        exceptions: the encoder's choices where two machines could choose differently; opaque here.
+        colour: RGB, or GRAY for a picture of three equal channels.
+        alpha: the coded alpha channel (lalic.codec.alpha), empty where the picture is opaque.
     """
 
     width: int
@@ -64,16 +61,23 @@ class CodedImage:
     strings: tuple[bytes, ...]
     checks: bytes
     checksum: int
+    arithmetic: str = FLOAT32
+    exceptions: bytes = b""
+    colour: str = RGB
+    alpha: bytes = b""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the strings alone, what papers count as the rate."""
-        return sum(len(s) for s in self.strings)
+        """Bytes of the entropy-coded picture, what papers count as the rate: strings and exceptions, no header."""
+        return sum(len(s) for s in self.strings) + len(self.exceptions)
 
 
 @dataclass(frozen=True)
 class LalicFile:
-    """What a `.lalic` file says: the coded image and which model decodes it."""
+    """What a `.lalic` file says: the coded image and which model decodes it.
+
+    `threads` is the number of threads that the encoder computed with, and 0 in FLOAT64, where it does not matter.
+    """
 
     image: CodedImage
     fingerprint: bytes
@@ -96,61 +100,158 @@ def model_label(metric: str | None, lmbda: float | None) -> int:
     return quality | _METRICS.index(metric) << 3 if quality else 0
 
 
+def check_size(width: int, height: int, name: str) -> None:
+    """LalicError for a picture whose sides the format cannot tell."""
+    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
+        raise LalicError(f"{name}: {width} x {height} pixels do not fit the format: sides up to {MAX_SIDE}; scale it")
+
+
 def pack(image: CodedImage, fingerprint: str, label: int, threads: int) -> bytes:
-    """The bytes of a `.lalic` file; `fingerprint` is the model's hexadecimal one."""
-    if not (1 <= image.width <= MAX_SIDE and 1 <= image.height <= MAX_SIDE):
-        raise LalicError(f"a picture of {image.width} x {image.height} does not fit the format: sides up to {MAX_SIDE}")
-    parts = [
-        _FIXED.pack(MAGIC, VERSION, label, bytes.fromhex(fingerprint)[:_FINGERPRINT_BYTES], threads),
-        _varint(image.width),
-        _varint(image.height),
-        bytes([len(image.strings)]),
-    ]
+    """The bytes of a `.lalic` file; `fingerprint` is the model's hexadecimal one, `threads` is ignored in FLOAT64."""
+    check_size(image.width, image.height, "the picture")
+    exact = image.arithmetic == FLOAT64
+    if not 1 <= len(image.strings) == len(image.checks) <= 255 or (image.exceptions and not exact):
+        raise ValueError("one to 255 strings, a check byte for each, and exceptions in float64 only")
+    flags = (image.colour == GRAY) * _GRAY | bool(image.alpha) * _ALPHA | exact * _FLOAT64 | (BIT_DEPTH - 1) << 4
+    parts = [_FIXED.pack(MAGIC, VERSION, flags, label, bytes.fromhex(fingerprint)[:_FINGERPRINT_BYTES])]
+    if not exact:
+        parts.append(bytes([threads]))
+    parts += [_varint(image.width), _varint(image.height), bytes([len(image.strings)])]
     for string in image.strings:
         if len(string) % 4:
             raise LalicError("only strings of CompressAI's rANS coder (`ans`) can be stored in a .lalic file")
         parts.append(_varint(len(string) // 4))
-    parts += [image.checks, struct.pack("<I", image.checksum), *image.strings]
-    body = b"".join(parts)
-    return body + struct.pack("<I", zlib.crc32(body))
+    if exact:
+        parts.append(_varint(len(image.exceptions)))
+    if image.alpha:
+        parts.append(_varint(len(image.alpha)))
+    parts += [image.checks, struct.pack("<I", image.checksum)]
+    optional = [section for section in (image.exceptions, image.alpha) if section]
+    return b"".join(_with_crc(section) for section in (b"".join(parts), b"".join(image.strings), *optional))
 
 
 def parse(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> LalicFile:
     """Read a `.lalic` file's bytes; LalicError naming the file for anything but a whole and valid one."""
+    header = _parse_header(data, name)
+    header.check(name, max_pixels)
+    _check_total(header, len(data), name)
+    reader = _Reader(data, name, header.size)
+    strings = reader.section(sum(header.lengths), "strings")
+    starts = [sum(header.lengths[:i]) for i in range(len(header.lengths))]
+    image = CodedImage(
+        header.width,
+        header.height,
+        tuple(strings[start : start + length] for start, length in zip(starts, header.lengths, strict=True)),
+        header.checks,
+        header.checksum,
+        FLOAT64 if header.flags & _FLOAT64 else FLOAT32,
+        reader.section(header.exceptions, "exceptions") if header.exceptions else b"",
+        GRAY if header.flags & _GRAY else RGB,
+        reader.section(header.alpha, "alpha channel") if header.alpha else b"",
+    )
+    return LalicFile(image, header.fingerprint, header.label, header.threads)
+
+
+def read(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[LalicFile, int]:
+    """Read the file `path`, and its size in bytes; a file that is none, or none of this size, is not read whole."""
+    if not path.is_file():
+        raise LalicError(f"no such file: {path}" if not path.exists() else f"{path} is not a file")
+    name = str(path)
+    with open(path, "rb") as file:
+        start = file.read(_MAX_HEADER)
+        header = _parse_header(start, name)
+        header.check(name, max_pixels)
+        _check_total(header, path.stat().st_size, name)
+        data = start + file.read(header.total - len(start))
+    return parse(data, name, max_pixels), len(data)
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header's fields as they stand in the file, and its own size with its CRC."""
+
+    flags: int
+    label: int
+    fingerprint: bytes
+    threads: int
+    width: int
+    height: int
+    lengths: tuple[int, ...]
+    exceptions: int
+    alpha: int
+    checks: bytes
+    checksum: int
+    size: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole file."""
+        sections = [sum(self.lengths), *(n for n in (self.exceptions, self.alpha) if n)]
+        return self.size + sum(sections) + _CRC_BYTES * len(sections)
+
+    def check(self, name: str, max_pixels: int) -> None:
+        """LalicError for values that no encoder writes, and for more than `max_pixels`."""
+        if self.flags >> 4 != BIT_DEPTH - 1:
+            raise LalicError(f"{name} holds {(self.flags >> 4) + 1} bits per channel, this program reads {BIT_DEPTH}")
+        exact = bool(self.flags & _FLOAT64)
+        if (
+            self.flags & 8
+            or self.label >> 4
+            or self.label & 7 == 7
+            or self.label == 8
+            or not (exact or 1 <= self.threads <= MAX_THREADS)
+            or not self.lengths
+            or bool(self.flags & _ALPHA) != bool(self.alpha)
+        ):
+            raise _invalid(name, "its header holds values that no encoder writes")
+        if not (1 <= self.width <= MAX_SIDE and 1 <= self.height <= MAX_SIDE):
+            raise _invalid(name, f"it claims a size of {self.width} x {self.height}")
+        if self.width * self.height > max_pixels:
+            raise LalicError(
+                f"{name} claims {self.width} x {self.height} pixels, more than the limit of {max_pixels}: "
+                "raise it with --max-pixels if you trust the file and have the memory"
+            )
+
+
+def _parse_header(data: bytes, name: str) -> _Header:
+    """Walk over the header and check its CRC; nothing in it is used before but the lengths of its own fields."""
     if not data.startswith(MAGIC):
-        raise LalicError(f"{name} is not a .lalic file")
-    if len(data) < _FIXED.size + 4:
-        raise LalicError(f"{name} is damaged or cut off: {len(data)} bytes are too few for its header")
-    # The version is read before the CRC, so that a later format is not reported as damage.
-    if data[4] != VERSION and zlib.crc32(data[:-4]) == _crc_of(data):
-        raise LalicError(f"{name} has format version {data[4]}, this program reads version {VERSION}: update it")
-    if zlib.crc32(data[:-4]) != _crc_of(data):
-        raise LalicError(f"{name} is damaged or cut off: its checksum does not match; get it again")
-    reader = _Reader(data, end=len(data) - 4, name=name)
-    _, version, label, fingerprint, threads = _FIXED.unpack(reader.take(_FIXED.size))
-    width, height = reader.varint(), reader.varint()
-    if version != VERSION or label >> 4 or label & 7 == 7 or threads < 1:
-        raise reader.invalid("its header holds values that no encoder writes")
-    if not (1 <= width <= MAX_SIDE and 1 <= height <= MAX_SIDE):
-        raise reader.invalid(f"it claims a size of {width} x {height}")
-    if width * height > max_pixels:
+        raise LalicError(f"{name} is not a .lalic file" + ("" if data else ": it is empty"))
+    version = data[4] if len(data) > 4 else VERSION
+    if version < VERSION:
+        raise LalicError(f"{name} has format version {version}, which no release wrote: compress the picture again")
+    if version > VERSION:
         raise LalicError(
-            f"{name} claims {width} x {height} pixels, more than the limit of {max_pixels}: "
-            "raise it with --max-pixels if you trust the file and have the memory"
+            f"{name} has format version {version}, this program reads version {VERSION}: update it "
+            "(or get the file again, if this byte is damaged)"
         )
-    count = reader.take(1)[0]
-    lengths = [reader.varint() * 4 for _ in range(count)]
-    checks = reader.take(count)
+    reader = _Reader(data, name, 0)
+    _, _, flags, label, fingerprint = _FIXED.unpack(reader.take(_FIXED.size))
+    threads = 0 if flags & _FLOAT64 else reader.byte()
+    width, height = reader.varint(), reader.varint()
+    lengths = tuple(reader.varint() * 4 for _ in range(reader.byte()))
+    exceptions = reader.varint() if flags & _FLOAT64 else 0
+    alpha = reader.varint() if flags & _ALPHA else 0
+    checks = reader.take(len(lengths))
     (checksum,) = struct.unpack("<I", reader.take(4))
-    strings = tuple(reader.take(length) for length in lengths)
-    if not reader.at_end:
-        raise reader.invalid("it has bytes left over")
-    image = CodedImage(width, height, strings, checks, checksum)
-    return LalicFile(image, fingerprint, label, threads)
+    reader.check_crc(0, "header")
+    values = (flags, label, fingerprint, threads, width, height, lengths, exceptions, alpha, checks, checksum)
+    return _Header(*values, size=reader.position)
 
 
-def _crc_of(data: bytes) -> int:
-    return int.from_bytes(data[-4:], "little")
+def _check_total(header: _Header, size: int, name: str) -> None:
+    if size < header.total:
+        raise LalicError(f"{name} is cut off: {size} of its {header.total} bytes are there; get it again")
+    if size > header.total:
+        raise LalicError(f"{name} is damaged: {size - header.total} bytes follow its end; get it again")
+
+
+def _invalid(name: str, reason: str) -> LalicError:
+    return LalicError(f"{name} is not a valid .lalic file: {reason}")
+
+
+def _with_crc(section: bytes) -> bytes:
+    return section + struct.pack("<I", zlib.crc32(section))
 
 
 def _varint(value: int) -> bytes:
@@ -163,31 +264,43 @@ def _varint(value: int) -> bytes:
 
 
 class _Reader:
-    """Takes fields off the front of `data[:end]`; nothing is read or allocated beyond it."""
+    """Takes fields off `data` from `position` on; nothing is read or allocated beyond its end."""
 
-    def __init__(self, data: bytes, end: int, name: str):
-        self.data, self.end, self.name, self.position = data, end, name, 0
+    def __init__(self, data: bytes, name: str, position: int):
+        self.data, self.name, self.position = data, name, position
 
-    @property
-    def at_end(self) -> bool:
-        return self.position == self.end
+    def damaged(self, where: str) -> LalicError:
+        return LalicError(f"{self.name} is damaged or cut off (seen in its {where}); get it again")
 
-    def invalid(self, reason: str) -> LalicError:
-        return LalicError(f"{self.name} is not a valid .lalic file: {reason}")
-
-    def take(self, size: int) -> bytes:
-        if size > self.end - self.position:
-            raise self.invalid("a field reaches beyond its end")
+    def take(self, size: int, where: str = "header") -> bytes:
+        if size > len(self.data) - self.position:
+            raise self.damaged(where)
         self.position += size
         return self.data[self.position - size : self.position]
 
+    def byte(self) -> int:
+        return self.take(1)[0]
+
     def varint(self) -> int:
+        """LEB128 of at most five bytes, without superfluous ones."""
         value = 0
         for shift in range(0, 35, 7):
-            byte = self.take(1)[0]
+            byte = self.byte()
             value |= (byte & 0x7F) << shift
             if byte < 0x80:
                 if byte == 0 and shift:
                     break
                 return value
-        raise self.invalid("a number in its header is malformed")
+        raise self.damaged("header")
+
+    def section(self, size: int, where: str) -> bytes:
+        """`size` bytes and the CRC behind them, which must fit."""
+        start = self.position
+        section = self.take(size, where)
+        self.check_crc(start, where)
+        return section
+
+    def check_crc(self, start: int, where: str) -> None:
+        expected = zlib.crc32(memoryview(self.data)[start : self.position])
+        if int.from_bytes(self.take(_CRC_BYTES, where), "little") != expected:
+            raise self.damaged(where)

@@ -11,113 +11,121 @@ torch is imported only when it is needed, so that `info` and errors come at once
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from lalic.codec import bitstream
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open
-
-LOSSLESS = {".png": "PNG", ".bmp": "BMP", ".ppm": "PPM", ".tif": "TIFF", ".tiff": "TIFF"}
-MAX_THREADS = 64
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Entry of the three subcommands; `argv[0]` is `compress`, `decompress` or `info`."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    if args.command == "compress":
-        return compress(args.picture, args.file, args.weights, args.force, args.max_pixels, args.verify)
-    if args.command == "decompress":
-        return decompress(args.file, args.picture, args.weights, args.force, args.max_pixels)
-    return info(args.file)
+    try:
+        if args.command == "compress":
+            options = (args.weights, args.force, args.max_pixels, args.arithmetic, args.verify)
+            return compress(args.picture, args.file, *options)
+        if args.command == "decompress":
+            return decompress(args.file, args.picture, args.weights, args.force, args.max_pixels)
+        return info(args.file)
+    except MemoryError as error:
+        raise LalicError("not enough memory for this picture: take a smaller one, or a larger machine") from error
 
 
-def compress(source: Path, target: Path, weights_path: Path | None, force: bool, max_pixels: int, verify: bool) -> int:
+def compress(
+    source: Path, target: Path, weights_path: str | None, force: bool, max_pixels: int, arithmetic: str, verify: bool
+) -> int:
     """Write the picture `source` as the `.lalic` file `target`; `verify` decodes it again first."""
-    _check_target(target, force)
+    _check_target(target, source, force)
+    from lalic.codec.pictures import decode_picture, encode_picture, read_picture
+
+    picture = read_picture(source, max_pixels)
     import torch
 
-    from lalic.codec.coder import decode_image, encode_image
     from lalic.codec.weights import default_weights
-    from lalic.data.images import read_rgb
     from lalic.release import open_weights
 
-    rgb = read_rgb(source, max_pixels=max_pixels)
-    height, width = rgb.shape[:2]
+    height, width = picture.rgb.shape[:2]
     weights = open_weights(weights_path or default_weights())
     weights.model.update()
-    torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
+    torch.set_num_threads(min(torch.get_num_threads(), bitstream.MAX_THREADS))
     _build_operator()
     start = time.perf_counter()
-    coded = encode_image(weights.model, rgb)
+    coded = encode_picture(weights.model, picture, arithmetic)
     seconds = time.perf_counter() - start
     if verify:
-        decode_image(weights.model, coded)
+        decode_picture(weights.model, coded)
     label = bitstream.model_label(weights.loss.get("metric"), weights.loss.get("lambda"))
     data = bitstream.pack(coded, weights.fingerprint, label, torch.get_num_threads())
     with atomic_open(target) as file:
         file.write(data)
     print(
-        f"{target}: {width} x {height}, {_bytes(source.stat().st_size)} -> {_bytes(len(data))} "
-        f"({len(data) - coded.num_bytes} of them header), "
+        f"{target}: {width} x {height} {picture.kind}, {_bytes(source.stat().st_size)} -> {_bytes(len(data))} "
+        f"({_parts(coded, len(data))}), "
         f"{len(data) * 8 / (height * width):.4f} bpp, encoded in {seconds:.2f} s"
         f"{' and decoded again' if verify else ''}, model {weights.name}"
     )
     return 0
 
 
-def decompress(source: Path, target: Path, weights_path: Path | None, force: bool, max_pixels: int) -> int:
+def decompress(source: Path, target: Path, weights_path: str | None, force: bool, max_pixels: int) -> int:
     """Write the picture in the `.lalic` file `source` to `target`, a lossless format by its suffix."""
-    if target.suffix.lower() not in LOSSLESS:
-        raise LalicError(f"{target}: write one of {', '.join(LOSSLESS)}; other formats would lose quality again")
-    _check_target(target, force)
-    data = _read(source)
-    parsed = bitstream.parse(data, str(source), max_pixels)
+    from lalic.codec.pictures import check_suffix, decode_picture, write_picture
+
+    check_suffix(target)
+    _check_target(target, source, force)
+    parsed, size = bitstream.read(source, max_pixels)
     import torch
 
-    from lalic.codec.coder import decode_image
     from lalic.codec.weights import weights_for
 
     weights = weights_for(parsed, str(source), weights_path)
     weights.model.update()
-    torch.set_num_threads(parsed.threads)
+    if parsed.threads:
+        torch.set_num_threads(parsed.threads)
     _build_operator()
     start = time.perf_counter()
     try:
-        rgb = decode_image(weights.model, parsed.image)
+        picture = decode_picture(weights.model, parsed.image)
     except LalicError as error:
         raise LalicError(f"{source}: {error}") from error
     seconds = time.perf_counter() - start
-    _write_picture(rgb, target)
+    note = write_picture(picture, target)
     print(
-        f"{target}: {rgb.shape[1]} x {rgb.shape[0]}, {_bytes(len(data))} -> {_bytes(target.stat().st_size)}, "
-        f"decoded in {seconds:.2f} s, model {weights.name}"
+        f"{target}: {parsed.image.width} x {parsed.image.height} {picture.kind}, {_bytes(size)} -> "
+        f"{_bytes(target.stat().st_size)}, decoded in {seconds:.2f} s, model {weights.name}"
     )
+    if note:
+        print(f"note: {note}")
     return 0
 
 
 def info(source: Path) -> int:
     """Print what a `.lalic` file says about itself; needs no weights."""
-    data = _read(source)
-    parsed = bitstream.parse(data, str(source), max_pixels=bitstream.MAX_SIDE**2)
+    parsed, size = bitstream.read(source, max_pixels=bitstream.MAX_SIDE**2)
     image = parsed.image
-    print(f"{source}: LALIC picture, format version {bitstream.VERSION}, checksum good")
-    print(f"size:     {image.width} x {image.height}, 8-bit RGB")
-    print(f"model:    {parsed.model_name}")
-    print(f"bytes:    {len(data)} = {image.num_bytes} entropy-coded + {len(data) - image.num_bytes} header and checks")
-    print(f"rate:     {len(data) * 8 / (image.height * image.width):.4f} bpp")
+    threads = f", {parsed.threads} threads" if parsed.threads else ""
+    channels = ("gray" if image.colour == bitstream.GRAY else "RGB") + (" with alpha" if image.alpha else "")
     sizes = [len(s) for s in image.strings]
-    print(f"strings:  {len(sizes)}: y {' '.join(map(str, sizes[:-1]))}, z {sizes[-1] if sizes else 0}")
-    print(f"threads:  {parsed.threads}")
+    print(f"{source}: LALIC picture, format version {bitstream.VERSION}, checksums good")
+    print(f"size:       {image.width} x {image.height}, {bitstream.BIT_DEPTH}-bit {channels}")
+    print(f"model:      {parsed.model_name}")
+    print(f"bytes:      {size} = {_parts(image, size)}")
+    print(f"rate:       {size * 8 / (image.height * image.width):.4f} bpp")
+    print(f"strings:    {len(sizes)}: y {' '.join(map(str, sizes[:-1]))}, z {sizes[-1]}")
+    print(f"arithmetic: {image.arithmetic}{threads}")
     return 0
+
+
+def _parts(image: bitstream.CodedImage, size: int) -> str:
+    """What the bytes of a file are for."""
+    parts = [(sum(len(s) for s in image.strings), "entropy-coded"), (len(image.exceptions), "exceptions")]
+    parts += [(len(image.alpha), "alpha"), (size - image.num_bytes - len(image.alpha), "header and checksums")]
+    return " + ".join(f"{count:,} {what}" for count, what in parts if count)
 
 
 def _build_operator() -> None:
@@ -130,30 +138,26 @@ def _build_operator() -> None:
     biwkv(one, one, torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(target: Path, source: Path, force: bool) -> None:
     if target.is_dir():
         raise LalicError(f"{target} is a folder: name the file to write")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise LalicError(f"{target} is the input itself: name another file to write")
     if target.exists() and not force:
         raise LalicError(f"{target} exists: add --force to replace it")
     if not target.parent.is_dir():
         raise LalicError(f"no such folder: {target.parent}")
 
 
-def _read(source: Path) -> bytes:
-    if not source.is_file():
-        raise LalicError(f"no such file: {source}")
-    return source.read_bytes()
-
-
-def _write_picture(rgb: NDArray[np.uint8], target: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(rgb).save(buffer, format=LOSSLESS[target.suffix.lower()])
-    with atomic_open(target) as file:
-        file.write(buffer.getbuffer())
-
-
 def _bytes(count: int) -> str:
     return f"{count:,} bytes"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,13 +165,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="lalic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    from lalic.codec.pictures import LOSSLESS
+
     weights = "weights file, release bundle, checkpoint or run folder"
     pixels = "refuse pictures of more pixels, because of the memory they need (%(default)s)"
 
     encoder = commands.add_parser("compress", help="picture -> .lalic file")
-    encoder.add_argument("picture", type=Path, help="JPEG, PNG, WebP, ...; coded as 8-bit RGB")
+    encoder.add_argument(
+        "picture", type=Path, help="JPEG, PNG, WebP, TIFF, ...; coded as 8-bit RGB or gray, with alpha"
+    )
     encoder.add_argument("file", type=Path, help=".lalic file to write")
-    encoder.add_argument("--weights", type=Path, help=f"{weights} (default: the one in $LALIC_WEIGHTS or ./release)")
+    encoder.add_argument("--weights", help=f"{weights} (default: the one in $LALIC_WEIGHTS or ./release)")
+    encoder.add_argument(
+        "--arithmetic",
+        choices=(bitstream.FLOAT64, bitstream.FLOAT32),
+        default=bitstream.FLOAT64,
+        help="of the probabilities: float64 decodes alike on every machine, float32 is faster (%(default)s)",
+    )
     encoder.add_argument("--verify", action="store_true", help="decode the result before writing it")
 
     decoder = commands.add_parser("decompress", help=".lalic file -> picture")
@@ -175,12 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     decoder.add_argument("picture", type=Path, help=f"picture to write ({', '.join(LOSSLESS)})")
     decoder.add_argument(
         "--weights",
-        type=Path,
         help=f"{weights} (default: found by the file's fingerprint in $LALIC_WEIGHTS, ./release)",
     )
     for command in (encoder, decoder):
         command.add_argument("--force", action="store_true", help="replace an existing output")
-        command.add_argument("--max-pixels", type=int, default=bitstream.MAX_PIXELS, help=pixels)
+        command.add_argument("--max-pixels", type=_positive, default=bitstream.MAX_PIXELS, help=pixels)
 
     about = commands.add_parser("info", help="what a .lalic file holds")
     about.add_argument("file", type=Path, help=".lalic file")

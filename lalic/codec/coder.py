@@ -4,17 +4,32 @@ B = 1, H, W: sides of the picture; padded to multiples of 64. Symbols are the in
 sees, indexes say which table (which scale) codes each of them.
 
 A learned codec's decoder must compute exactly the encoder's tables: a different rounding of one scale by
-another processor, thread count or library version, and everything after it is garbage. So both sides run
-one CRC-32 over what determines the decoding: for each string, in the order of coding, the coding tables and
-the indexes, then the symbols. The encoder stores the CRC's low byte as it stands *before* each string's
-symbols, and the whole CRC at the end. The decoder compares each byte before it decodes the string, and all
-32 bits before it paints. Means are left out on purpose: they shift what is painted by float noise, but not
-what is decoded.
+another processor, thread count or library version, and everything after it is garbage. There are two arithmetics:
+
+FLOAT64   the entropy path in float64 with listed exceptions (lalic.model.exact): every machine decodes the same
+          latents. What `lalic compress` writes.
+FLOAT32   the network as it is, and CompressAI's strings: decoded by the same kind of machine with the same
+          libraries and thread count, or refused.
+
+In both, a decoder that went astray is noticed at once: both sides run one SHA-256 over what determines the decoding.
+The encoder stores the first byte of its digest as it stands *before* each string's symbols, and the first four at the
+end; the decoder compares each byte before it decodes the string, and the four before it paints. A CRC would notice
+another machine as well, but it is linear: who edits a header could repair it without running the model. What is hashed
+(integers as little-endian int32, elements in the order of channels, rows, columns):
+
+    once         the text "ARITHMETIC COLOUR WIDTHxHEIGHT E A\n" in ASCII, E and A being the bytes of the exceptions
+                 and of the alpha channel as coded; the exceptions; the alpha channel
+    each string, the tables' digest (CRC-32 of the tables: rows padded to the longest, lengths, offsets), 4 bytes;
+    z first      the index of each element's table; in FLOAT64, but for z, each mean as a multiple of STEP;
+                 here stands the check byte; the symbols
+
+FLOAT32 leaves the means out: they shift what is painted by float noise, but not what is decoded.
 """
 
 from __future__ import annotations
 
-import zlib
+import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,11 +38,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lalic.codec.bitstream import CodedImage
+from lalic.codec.bitstream import FLOAT32, FLOAT64, CodedImage
 from lalic.errors import LalicError
 from lalic.metrics import to_rgb8, to_tensor
 from lalic.model import LALIC
-from lalic.model.coding import Symbols, Tables
+from lalic.model.choices import Recorder, Replay
+from lalic.model.coding import Parameters, Symbols, Tables, flat
+from lalic.model.exact import Exact
 from lalic.model.lalic import STRIDE
 
 
@@ -45,9 +62,11 @@ def cut(x: Tensor, height: int, width: int) -> Tensor:
     return x[..., :height, :width]
 
 
-def encode_image(model: LALIC, rgb: NDArray[np.uint8]) -> CodedImage:
-    """Entropy-code an (H, W, 3) uint8 picture with a model that was `update()`d, on the model's device."""
-    return encode(model, to_tensor(rgb).to(_device(model)))
+def encode_image(
+    model: LALIC, rgb: NDArray[np.uint8], arithmetic: str = FLOAT64, *, colour: str = "rgb", alpha: bytes = b""
+) -> CodedImage:
+    """`encode` for an (H, W, 3) uint8 picture, on the model's device."""
+    return encode(model, to_tensor(rgb).to(_device(model)), arithmetic, colour=colour, alpha=alpha)
 
 
 def decode_image(model: LALIC, image: CodedImage) -> NDArray[np.uint8]:
@@ -55,22 +74,36 @@ def decode_image(model: LALIC, image: CodedImage) -> NDArray[np.uint8]:
     return to_rgb8(decode(model, image))
 
 
-def encode(model: LALIC, x: Tensor) -> CodedImage:
-    """Entropy-code x (1, 3, H, W) in [0, 1], any H and W from 1 up."""
+def encode(
+    model: LALIC, x: Tensor, arithmetic: str = FLOAT64, *, colour: str = "rgb", alpha: bytes = b""
+) -> CodedImage:
+    """Entropy-code x (1, 3, H, W) in [0, 1], any H and W from 1 up.
+
+    `arithmetic` is FLOAT64, or FLOAT32 with a model that was `update()`d. `colour` and `alpha` are what CodedImage
+    says; the strings' checks cover them.
+    """
     height, width = x.shape[-2:]
-    messages, _, _ = model.messages(pad(x))
-    running, checks, strings = _Running(), bytearray(), []
+    recorder = Recorder()
+    exact = Exact(recorder) if _known(arithmetic) == FLOAT64 else None
+    messages, _, _ = model.messages(pad(x), exact)
+    empty = CodedImage(width, height, (), b"", 0, arithmetic, recorder.listed(), colour, alpha)
+    running, checks, strings = _Running(empty), bytearray(), []
     for message in messages:
         ((indexes, symbols),) = message.rows()
-        checks.append(running.before(message.tables, indexes))
+        checks.append(running.before(message.tables, indexes, message.parameters))
         strings.append(message.tables.encode(symbols, indexes))
         running.after(symbols)
     z, *y = strings
-    return CodedImage(width, height, (*y, z), bytes(checks), running.crc)
+    return replace(empty, strings=(*y, z), checks=bytes(checks), checksum=running.checksum)
 
 
 def decode(model: LALIC, image: CodedImage) -> Tensor:
     """x_hat (1, 3, H, W) in [0, 1]; LalicError for strings that do not fit the model or its arithmetic."""
+    return cut(model.paint(decode_latents(model, image)), image.height, image.width)
+
+
+def decode_latents(model: LALIC, image: CodedImage) -> Tensor:
+    """y_hat (1, M, 4 rows, 4 columns), checked; with FLOAT64 in float64 and the same numbers on every machine."""
     counts = symbol_counts(model, image.height, image.width)
     if len(image.strings) != len(counts):
         raise LalicError(
@@ -78,11 +111,22 @@ def decode(model: LALIC, image: CodedImage) -> Tensor:
         )
     if any(len(s) > longest_string(n) for s, n in zip(image.strings, counts, strict=True)):
         raise LalicError("the file's strings are damaged: longer than any that codes so many symbols")
+    if _known(image.arithmetic) == FLOAT32 and image.exceptions:
+        raise LalicError("the file is damaged: it lists exceptions, which its arithmetic does not know")
+    choices = Replay(image.exceptions, sum(counts[:-1]))
+    exact = Exact(choices) if image.arithmetic == FLOAT64 else None
     reader = _Reader(image)
-    x_hat = model.reconstruct(1, latent_shapes(model, image.height, image.width)["hyper"], reader.read)
-    if reader.running.crc != image.checksum:
-        raise _astray("the latents")
-    return cut(x_hat, image.height, image.width)
+    y_hat = model.latents(1, latent_shapes(model, image.height, image.width)["hyper"], reader.read, exact)
+    choices.finish()
+    if reader.running.checksum != image.checksum:
+        raise _astray(image, "the latents")
+    return y_hat
+
+
+def _known(arithmetic: str) -> str:
+    if arithmetic not in (FLOAT32, FLOAT64):
+        raise LalicError(f"no such arithmetic: {arithmetic!r}; there are {FLOAT64} and {FLOAT32}")
+    return arithmetic
 
 
 def latent_shapes(model: LALIC, height: int, width: int) -> dict[str, Any]:
@@ -106,19 +150,30 @@ def longest_string(symbols: int) -> int:
 
 
 class _Running:
-    """The CRC that encoder and decoder both run over tables, indexes and symbols."""
+    """The digest that encoder and decoder both run."""
 
-    def __init__(self) -> None:
-        self.crc = 0
+    def __init__(self, image: CodedImage):
+        sizes = f"{image.width}x{image.height} {len(image.exceptions)} {len(image.alpha)}"
+        self._digest = hashlib.sha256(f"{image.arithmetic} {image.colour} {sizes}\n".encode("ascii"))
+        self._digest.update(image.exceptions)
+        self._digest.update(image.alpha)
 
-    def before(self, tables: Tables, indexes: Symbols) -> int:
+    @property
+    def checksum(self) -> int:
+        """The digest's first four bytes as it stands."""
+        return int.from_bytes(self._digest.digest()[:4], "little")
+
+    def before(self, tables: Tables, indexes: Symbols, parameters: Parameters) -> int:
         """Take in what decodes the next string; its check byte."""
-        self.crc = zlib.crc32(indexes.astype("<i4").tobytes(), zlib.crc32(tables.digest, self.crc))
-        return self.crc & 0xFF
+        self._digest.update(tables.digest)
+        self._digest.update(indexes.astype("<i4").tobytes())
+        if parameters.steps is not None:
+            self._digest.update(flat(parameters.steps).astype("<i4").tobytes())
+        return self._digest.digest()[0]
 
     def after(self, symbols: Symbols) -> None:
         """Take in the symbols of the string."""
-        self.crc = zlib.crc32(symbols.astype("<i4").tobytes(), self.crc)
+        self._digest.update(symbols.astype("<i4").tobytes())
 
 
 class _Reader:
@@ -126,20 +181,22 @@ class _Reader:
 
     def __init__(self, image: CodedImage):
         *y, z = image.strings
-        self.strings, self.checks = [z, *y], image.checks
-        self.running = _Running()
+        self.image, self.strings = image, [z, *y]
+        self.running = _Running(image)
         self.done = 0
 
-    def read(self, tables: Tables, indexes: Symbols) -> Symbols:
+    def read(self, tables: Tables, parameters: Parameters) -> Symbols:
         """(1, n) symbols of the next string."""
-        check = self.running.before(tables, indexes[0])
-        if self.done >= len(self.checks) or check != self.checks[self.done]:
-            raise _astray(f"string {self.done + 1} of {len(self.checks)}")
+        (indexes,) = flat(parameters.indexes)
+        check = self.running.before(tables, indexes, parameters)
+        checks = self.image.checks
+        if self.done >= len(checks) or check != checks[self.done]:
+            raise _astray(self.image, f"string {self.done + 1} of {len(checks)}")
         string = self.strings[self.done]
         if tables.name == "ans":
             string += bytes(overrun(len(string), indexes.size))
         self.done += 1
-        symbols = tables.decode(string, indexes[0])
+        symbols = tables.decode(string, indexes)
         self.running.after(symbols)
         return symbols[None]
 
@@ -153,11 +210,19 @@ def overrun(size: int, symbols: int) -> int:
     return 15 * size + 4 * symbols + 4096
 
 
-def _astray(where: str) -> LalicError:
+def _astray(image: CodedImage, where: str) -> LalicError:
+    if image.arithmetic == FLOAT64:
+        advice = (
+            "float64 files decode alike on every machine, so the file was altered or written with other weights or "
+            "another version of lalic; if neither is the case, please report it"
+        )
+    else:
+        advice = (
+            "decode it with the same versions of lalic and torch, the same LALIC_BACKEND and number of threads, on the "
+            "same kind of device; files of float64 arithmetic do not need that"
+        )
     return LalicError(
-        f"this machine computes other probabilities than the one that wrote the file (seen at {where}): "
-        "decode it with the same versions of lalic and torch, the same LALIC_BACKEND, on the same kind of "
-        "device"
+        f"this machine computes other probabilities than the one that wrote the file (seen at {where}): {advice}"
     )
 
 

@@ -17,7 +17,7 @@ VARIABLE = "LALIC_WEIGHTS"
 """Environment variable: weights file, bundle, or folder of bundles; several are separated as in PATH."""
 
 
-def weights_for(file: LalicFile, name: str, given: Path | None) -> Weights:
+def weights_for(file: LalicFile, name: str, given: str | Path | None) -> Weights:
     """Weights that decode `file` (called `name` in messages).
 
     With `given`, those, or LalicError when they are another model's. Without, what LALIC_WEIGHTS names and

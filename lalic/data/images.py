@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from lalic.errors import LalicError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+_TITLES = {"WEBP": "WebP", "PPM": "PNM"}
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".pnm"})
 
 # Pillow itself refuses to open more (twice its MAX_IMAGE_PIXELS), so a larger limit could not be kept.
@@ -72,15 +73,15 @@ def decode_rgb(data: bytes, name: str, *, box: Box | None = None, max_pixels: in
     Raises:
         ImageError: no image, damaged, too large, or a box outside it.
     """
-    image = _load(data, name, max_pixels)
+    image = load(data, name, max_pixels)
     try:
-        image = _upright(image)
+        image = upright(image)
         if box is not None:
             left, top, right, bottom = box
             if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
                 raise ImageError(name, "smaller than expected", f"{image.width}x{image.height}, box {box}")
             image = image.crop(box)
-        return np.array(_to_rgb(image, name))
+        return np.array(to_rgb(image, name))
     except (ImageError, MemoryError):
         raise
     except Exception as error:
@@ -89,11 +90,15 @@ def decode_rgb(data: bytes, name: str, *, box: Box | None = None, max_pixels: in
 
 def read_rgb(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode the image file `path`: (H, W, 3) uint8. Raises ImageError, or LalicError for a missing file."""
+    return decode_rgb(read_bytes(path), str(path), max_pixels=max_pixels)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of the file `path`; LalicError for one that is missing or cannot be read."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise LalicError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return decode_rgb(data, str(path), max_pixels=max_pixels)
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -141,24 +146,36 @@ def walk_files(root: Path) -> Iterator[str]:
                 yield name if inside == "." else f"{inside}/{name}".replace(os.sep, "/")
 
 
-def _load(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """Open and decode fully; nothing is decoded of an image above `max_pixels`."""
+def load(
+    data: bytes,
+    name: str,
+    max_pixels: int,
+    formats: Sequence[str] = FORMATS,
+    check: Callable[[Image.Image], None] | None = None,
+) -> Image.Image:
+    """Open and decode fully; nothing is decoded of an image above `max_pixels`, or that `check` raises ImageError for.
+
+    `formats` are Pillow's names; ImageError for anything else.
+    """
     if not data:
         raise ImageError(name, "empty file")
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of its limit; ours is explicit, and damaged EXIF is not worth a warning.
             warnings.simplefilter("ignore")
-            image = Image.open(BytesIO(data), formats=FORMATS)
+            image = Image.open(BytesIO(data), formats=tuple(formats))
             if image.width * image.height > max_pixels:
                 detail = f"{image.width}x{image.height}, limit {max_pixels} pixels"
                 raise ImageError(name, "too many pixels", detail)
+            if check is not None:
+                check(image)
             image.load()
             return image
     except (ImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(name, "not an image", "neither JPEG, PNG, WebP, BMP nor PNM") from error
+        *known, last = (_TITLES.get(name, name) for name in formats)
+        raise ImageError(name, "not an image", f"neither {', '.join(known)} nor {last}") from error
     except Image.DecompressionBombError as error:
         raise ImageError(name, "too many pixels", describe_error(error)) from error
     # Pillow's plugins raise nearly anything on crafted bytes (struct.error, SyntaxError, IndexError, ...).
@@ -166,7 +183,8 @@ def _load(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(name, "damaged", describe_error(error)) from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation asks."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,7 +196,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """The image in mode RGB by the rules above; ImageError for a floating-point one."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":

@@ -167,24 +167,37 @@ class LALIC(SimpleVAECompressionModel):
             raise ValueError(f"for z of {rows} x {columns} the shapes of y are {expected}, not {shape['y']}")
         remaining = iter([z_strings, *y_strings])
 
-        def read(tables: coding.Tables, indexes: coding.Symbols) -> coding.Symbols:
-            return np.stack([tables.decode(*pair) for pair in zip(next(remaining), indexes, strict=True)])
+        def read(tables: coding.Tables, parameters: coding.Parameters) -> coding.Symbols:
+            pairs = zip(next(remaining), coding.flat(parameters.indexes), strict=True)
+            return np.stack([tables.decode(*pair) for pair in pairs])
 
-        return {"x_hat": self.reconstruct(batch, (rows, columns), read)}
+        return {"x_hat": self.paint(self.latents(batch, (rows, columns), read))}
 
     @torch.no_grad()
-    def messages(self, x: Tensor) -> tuple[list[coding.Message], tuple[int, int], Tensor]:
-        """What `compress` makes strings of: all messages in the order of coding (z first), sides of z, y_hat."""
+    def messages(
+        self, x: Tensor, arithmetic: coding.Arithmetic | None = None
+    ) -> tuple[list[coding.Message], tuple[int, int], Tensor]:
+        """What `compress` makes strings of: all messages in the order of coding (z first), sides of z, y_hat.
+
+        `arithmetic` is that of the entropy path, float32 by default; that of g_a and h_a is the model's own.
+        """
         _check_sides(x)
         with torch.autocast(x.device.type, enabled=False):
-            return coding.encode(self.latent_codec, self.g_a(x))
+            return coding.encode(self.latent_codec, self.g_a(x), arithmetic or coding.Float32())
 
     @torch.no_grad()
-    def reconstruct(self, batch: int, grid: tuple[int, int], read: coding.Read) -> Tensor:
-        """x_hat (batch, 3, 64 rows, 64 columns) in [0, 1], z having the sides `grid`; `read` gives the messages."""
+    def latents(
+        self, batch: int, grid: tuple[int, int], read: coding.Read, arithmetic: coding.Arithmetic | None = None
+    ) -> Tensor:
+        """y_hat (batch, M, 4 rows, 4 columns), z having the sides `grid`; `read` gives the messages."""
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            y_hat = coding.decode(self.latent_codec, batch, *grid, read)
-            return self.g_s(y_hat).clamp_(0, 1)
+            return coding.decode(self.latent_codec, batch, *grid, read, arithmetic or coding.Float32())
+
+    @torch.no_grad()
+    def paint(self, y_hat: Tensor) -> Tensor:
+        """x_hat (B, 3, 16 H, 16 W) in [0, 1] of latents y_hat (B, M, H, W)."""
+        with torch.autocast(y_hat.device.type, enabled=False):
+            return self.g_s(y_hat.to(next(self.parameters()).dtype)).clamp_(0, 1)
 
     def _group_shapes(self, grid: tuple[int, int]) -> list[tuple[int, int, int]]:
         """(C, H, W) of each channel group of y, z having the sides `grid`."""
