@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lalic import __version__
@@ -74,7 +74,8 @@ def build(
     shown = gallery(result, labels, images, reconstructions, options)
     by_image = {(row["file"], str(row.get("quality"))): row for row in rows}
 
-    title = f"{own.label} on {title_of(dataset).split(',')[0]}" if dataset else f"{own.label}, evaluated"
+    where = title_of(dataset).split(",")[0] if dataset else PurePath(folder_of_images(result) or "").name
+    title = f"{own.label} on {where}" if where else f"{own.label}, evaluated"
     sections = [
         ("curves", "Curves", _curves(own, others)),
         ("table", "Operating points", _points(result, labels)),
@@ -168,7 +169,9 @@ def _tiles(own: Curve, pairs: Sequence[Comparison], result: Result) -> str:
         largest = max(gaps, key=abs)
         tiles.append(("Real to estimated rate, at most", f"{number(largest, 2, sign=True)} <small>%</small>"))
     items = "".join(f"<div><dt>{text(name)}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    return f'<dl class="tiles">{items}</dl>'
+    # Six make two rows of three; fewer stand in one.
+    columns = len(tiles) if len(tiles) < 6 else 3
+    return f'<dl class="tiles" style="--share:{90 // columns}%">{items}</dl>'
 
 
 def _span(values: Sequence[float], digits: int) -> str:
