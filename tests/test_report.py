@@ -126,6 +126,7 @@ class TestFile:
             "0.100 – 0.400",
             "1 image could not be read and count in no number: images/<i>broken.png (damaged)",
             "at least 4 points, the anchor curve has 2",
+            "Not on MS-SSIM, which this result does not have.",
             "All 3 images.",
             "libjpeg-turbo 3",
         ):
