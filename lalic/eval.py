@@ -53,6 +53,7 @@ from lalic.files import atomic_open, sha256_of, write_json
 from lalic.measure import Row, Session
 from lalic.metrics import json_ready
 from lalic.release import Weights, open_weights
+from lalic.report import write_report
 
 log = logging.getLogger("lalic.eval")
 
@@ -110,6 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         work.curves = anchors.gather(_readable(work), args.anchors, work.dataset, jobs=jobs, progress=True)
         if args.result:
             write_json(args.result, _report(work))
+    if args.report:
+        write_report(_report(work), args.report, args.input_dir, args.output_dir)
     work.journal.remove()
     print(table(work.labels, work.results))
     if work.curves:
@@ -131,6 +134,10 @@ def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work
     dataset = anchors.dataset_of(images) if ranks.first else None
     if args.anchors and ranks.first:
         anchors.check(args.anchors, dataset)
+    if args.report and ranks.first:
+        if args.report.is_dir():
+            raise LalicError(f"{args.report} is a folder: name the HTML file to write")
+        args.report.parent.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.result, ranks.rank)
     if args.result and ranks.first:
         if args.result.is_dir():

@@ -1,16 +1,17 @@
 """Rate-distortion curves, and pictures side by side.
 
-    lalic plot result.json [more.json ...] -o rd.png [--images FOLDER] [--metric psnr] [--title TEXT]
+    lalic plot RESULT.json [MORE.json ...] -o rd.svg [--metric psnr ms-ssim-db] [--anchor NAME_OR_FILE ...]
+               [--images FOLDER [--formats jpeg avif ...]] [--title TEXT]
 
-With `--images`, JPEG and WebP are measured live on the pictures of that folder and drawn beside. The suffix
-of the output chooses the format (.png, .svg, .pdf).
+Drawn beside the results: the anchors in them and the curves published for their test set, or those that --anchor
+names; with --images, other codecs are measured live on the pictures of that folder. The suffix of the output
+chooses the format (.png, .svg, .pdf), and the same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,61 +21,130 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from lalic.anchors import FORMATS, Curve, measure_pillow
+from lalic.anchors import FORMATS, measure_pillow
+from lalic.curve import METRICS, Curve
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open
+from lalic.published import DATASETS, title_of
+from lalic.results import Collection, read_curve
+
+__all__ = ["Curve", "plot_rd", "read_curve", "side_by_side"]
 
 SUFFIXES = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
-AXES = {"psnr": "PSNR (dB), RGB, 8-bit", "ms-ssim-db": "MS-SSIM (dB)"}
+AXES = {"psnr": "PSNR (dB), 8-bit RGB", "ms-ssim-db": "MS-SSIM (dB)"}
 # Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
+_STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same letters on every machine
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 10,
+    "axes.linewidth": 0.7,
+    "axes.edgecolor": "#444444",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "xtick.labelcolor": "black",
+    "ytick.labelcolor": "black",
+    "legend.fontsize": 8,
+    "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
+    "svg.hashsalt": "lalic",  # ids in the file are random without it
+    "path.simplify": False,
+}
+# What would differ from one run, or one release of matplotlib, to the next.
+_METADATA: dict[str, dict[str, Any]] = {
+    "png": {"Software": None},
+    "svg": {"Date": None, "Creator": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+}
 
 
-def read_curve(path: str | Path, label: str | None = None) -> Curve:
-    """The curve in a result file of `lalic.eval`, of the published code, or of CompressAI."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        results = data["results"]
-        bpp, psnr = [float(v) for v in results["bpp"]], list(results["psnr"])
-    except OSError as error:
-        raise LalicError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise LalicError(f"{path} is not a result file: it has no lists results.bpp and results.psnr") from error
-    if not bpp or len(bpp) != len(psnr):
-        raise LalicError(f"{path} has {len(bpp)} rates and {len(psnr)} PSNR values: it is not a curve")
-    return Curve(label or str(data.get("name", Path(path).stem)), bpp, psnr, list(results.get("ms-ssim-db", [])))
+def plot_rd(
+    curves: Sequence[Curve],
+    path: str | Path,
+    title: str,
+    metric: str | Sequence[str] = "psnr",
+    *,
+    focus: Sequence[Curve] = (),
+    columns: float = 1.0,
+) -> None:
+    """Draw R-D curves to `path` (.png, .svg or .pdf), bits per pixel to the right, quality upwards.
 
+    Args:
+        metric: "psnr", "ms-ssim-db" or both; each gets a panel. A curve without a quality is left out of its panel.
+        focus: the curves that the picture is about: drawn stronger, and the axes end a little beyond them, however far
+            the others reach. Empty: all of `curves`.
+        columns: width of the picture, in panels of 4.6 inches each; 0.75 fits a column of a paper.
 
-def plot_rd(curves: Sequence[Curve], path: str | Path, title: str, metric: str = "psnr") -> None:
-    """Draw R-D curves to `path` (.png, .svg or .pdf), bits per pixel to the right, quality upwards."""
+    Raises LalicError for another suffix, and where no curve has the quality of a panel.
+    """
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:
         raise LalicError(f"{path}: the picture can be written as {', '.join(SUFFIXES)}")
-    figure_class = _matplotlib()
-    figure = figure_class(figsize=(7.2, 5.0), layout="constrained")
-    axes = figure.add_subplot()
-    for i, curve in enumerate(curves):
+    metrics = [metric] if isinstance(metric, str) else list(metric)
+    format = SUFFIXES[path.suffix.lower()]
+    matplotlib, figure_class = _matplotlib()
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "agg"}):
+        figure = figure_class(figsize=(4.6 * columns * len(metrics), 3.5 * columns), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+            _panel(axes, curves, focus or curves, name)
+        if title:
+            figure.suptitle(title, fontsize=10)
+        figure.savefig(buffer, format=format, dpi=300, metadata=_METADATA[format])
+    _write(path, buffer)
+
+
+def _panel(axes: Any, curves: Sequence[Curve], focus: Sequence[Curve], metric: str) -> None:
+    # By its label, so that a curve looks the same in every panel.
+    order = list(dict.fromkeys(curve.label for curve in curves))
+    shown = [(order.index(curve.label), curve) for curve in curves if curve.has(metric)]
+    if not shown:
+        curves[0].values(metric)  # says what is missing
+        raise LalicError(f"no curve is to be compared on {metric}")
+    for i, curve in reversed(shown):
         points = sorted(zip(curve.bpp, curve.values(metric), strict=True))
+        strong, line = curve in focus, len(points) > 1
         axes.plot(
             *zip(*points, strict=True),
             color=_COLOURS[i % len(_COLOURS)],
             marker=_MARKERS[i % len(_MARKERS)],
-            markersize=5 if len(points) > 1 else 9,
-            linestyle="-" if len(points) > 1 else "none",
-            linewidth=1.8,
+            markersize=(4.5 if strong else 3) if line else 6,
+            markeredgewidth=0,
+            linestyle=("--" if curve.source == "published" and not strong else "-") if line else "none",
+            linewidth=1.8 if strong else 1.1,
             label=curve.label,
+            zorder=3 if strong else 2,
         )
     axes.set_xlabel("Rate (bits per pixel)")
     axes.set_ylabel(AXES[metric])
-    axes.set_title(title, fontsize=11)
-    axes.set_xlim(left=0)
-    axes.grid(True, color="#DDDDDD", linewidth=0.7)
+    right, low, high = window([c for _, c in shown], [c for _, c in shown if c in focus], metric)
+    axes.set_xlim(0, right)
+    axes.set_ylim(low, high)
+    axes.grid(True, color="#DDDDDD", linewidth=0.5)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", framealpha=0.9, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=SUFFIXES[path.suffix.lower()], dpi=160)
-    _write(path, buffer)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right", frameon=False)
+
+
+def window(curves: Sequence[Curve], focus: Sequence[Curve], metric: str) -> tuple[float, float, float]:
+    """The part of the plane to draw, (right, bottom, top): what `focus` covers, and a little more of the others."""
+    wanted = focus or curves
+    right = max(rate for curve in wanted for rate in curve.bpp) * 1.15
+    if all(len(curve.bpp) < 2 for curve in wanted):
+        right *= 1.5  # around a single point there is room for the others
+    inside = [q for c in curves for r, q in zip(c.bpp, c.values(metric), strict=True) if r <= right]
+    core = [q for curve in wanted for q in curve.values(metric)]
+    # Others may lie far below, at rates that nobody compares: they may stretch the picture by half, not squash it.
+    span = max(max(core) - min(core), 4.0)
+    low = max(min(inside + core), min(core) - span / 2)
+    high = min(max(inside + core), max(core) + span / 2)
+    margin = 0.05 * (high - low or 1.0)
+    return right, low - margin, high + margin
 
 
 def side_by_side(
@@ -126,41 +196,66 @@ def _write(path: Path, buffer: io.BytesIO) -> None:
         file.write(buffer.getbuffer())
 
 
-def _matplotlib() -> Any:
-    """Matplotlib's Figure, which draws without a display; matplotlib is an optional dependency."""
+def _matplotlib() -> tuple[Any, Any]:
+    """matplotlib, and its Figure, which draws without a display; an optional dependency."""
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise LalicError("drawing curves needs matplotlib: pip install 'lalic[plot]'") from error
-    return Figure
+    return matplotlib, Figure
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Draw the curves of result files."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every glyph that goes into a PDF
+    if args.output.suffix.lower() not in SUFFIXES:
+        raise LalicError(f"{args.output}: the picture can be written as {', '.join(SUFFIXES)}")
+    collection = Collection(args.results, args.anchor, args.dataset, args.labels or ())
+    metrics = METRICS if "both" in args.metric else tuple(dict.fromkeys(args.metric))
+    tests: list[Curve] = []
+    others: list[Curve] = []
+    for metric in metrics:  # the published curve of one name may be another one for another quality
+        tests += [c for c in collection.tests(metric) if c not in tests]
+        others += [c for c in collection.others(metric) if c not in others]
+    if args.images:
+        with_ms_ssim = "ms-ssim-db" in metrics
+        others += [measure_pillow(args.images, name, with_ms_ssim=with_ms_ssim, progress=True) for name in args.formats]
+    title = args.title if args.title is not None else title_of(collection.dataset) if collection.dataset else ""
+    plot_rd([*tests, *others], args.output, title, metrics, focus=tests, columns=args.width)
+    print(args.output)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lalic plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", nargs="+", type=Path, help="result files of lalic.eval, one curve each")
+    parser.add_argument(
+        "results", nargs="+", metavar="RESULT", help="result file, one curve each, or name of a published curve"
+    )
     parser.add_argument("-o", "--output", type=Path, required=True, help="picture to write")
     parser.add_argument("--labels", nargs="+", help="names of the curves (default: the name in each file)")
-    parser.add_argument("--images", type=Path, help="measure JPEG and WebP on the pictures of this folder")
     parser.add_argument(
-        "--anchors", nargs="+", choices=[f.lower() for f in FORMATS], default=[f.lower() for f in FORMATS]
+        "--anchor",
+        nargs="*",
+        metavar="NAME_OR_FILE",
+        help="draw these beside them (default: what is known; none: none)",
     )
-    parser.add_argument("--metric", choices=tuple(AXES), default="psnr")
-    parser.add_argument("--title", default="Rate-distortion")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    labels = args.labels or [None] * len(args.results)
-    if len(labels) != len(args.results):
-        raise LalicError(f"{len(args.results)} result files but {len(labels)} labels")
-    curves = [read_curve(path, label) for path, label in zip(args.results, labels, strict=True)]
-    if args.images:
-        for anchor in args.anchors:
-            curves.append(measure_pillow(args.images, anchor, with_ms_ssim=args.metric == "ms-ssim-db"))
-    plot_rd(curves, args.output, args.title, args.metric)
-    print(args.output)
-    return 0
+    parser.add_argument("--dataset", choices=DATASETS, help="test set of the published curves (default: the results')")
+    parser.add_argument("--images", type=Path, help="measure other codecs on the pictures of this folder")
+    parser.add_argument(
+        "--formats", "--anchors", nargs="+", default=["jpeg", "webp"], metavar="FORMAT",
+        help=f"which (default: jpeg webp): {', '.join(f.lower() for f in FORMATS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metric", nargs="+", choices=(*METRICS, "both"), default=["psnr"], help="one panel each (default: psnr)"
+    )
+    parser.add_argument("--width", type=float, default=1.0, help="scale of a panel; 0.75 fits a column of a paper")
+    parser.add_argument("--title", help="title (default: the test set)")
+    return parser
 
 
 if __name__ == "__main__":

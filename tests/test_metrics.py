@@ -1,25 +1,18 @@
-"""Metrics, BD-rate, anchors and pictures against other libraries and hand-computed values."""
+"""Metrics against other libraries and hand-computed values."""
 
 from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import pytorch_msssim
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from scipy.ndimage import correlate1d
 
 from lalic import metrics
-from lalic.anchors import Curve
-from lalic.bdrate import bd_rate
-from lalic.errors import LalicError
-from lalic.plot import main as plot_main
-from lalic.plot import plot_rd, read_curve, side_by_side
 
 Picture = NDArray[np.uint8]
 
@@ -201,104 +194,3 @@ class TestJSON:
     def test_mean_of_what_is_finite(self) -> None:
         assert metrics.finite_mean([1.0, math.inf, 3.0, None]) == 2
         assert metrics.finite_mean([math.inf, None]) is None
-
-
-class TestBDRate:
-    @pytest.mark.parametrize(
-        ("dataset", "published"), [("kodak", -15.26), ("clic_professional_valid", -15.41), ("tecnick", -17.63)]
-    )
-    def test_published_figures(self, reference_dir: Path, dataset: str, published: float) -> None:
-        curves = json.loads((reference_dir / "published_rd.json").read_text())["curves"][dataset]
-        lalic, vtm = curves["LALIC-mse"], curves["VTM-9.1"]
-        value = bd_rate(vtm["bpp"], vtm["psnr"], lalic["bpp"], lalic["psnr"])
-        assert round(value, 2) == published
-
-    def test_ten_percent_fewer_bits(self) -> None:
-        rate, quality = [0.1, 0.2, 0.4, 0.8, 1.5], [27.0, 30.0, 33.5, 36.0, 39.0]
-        assert bd_rate(rate, quality, [r * 0.9 for r in rate], quality) == pytest.approx(-10, abs=1e-10)
-
-    def test_order_of_points_is_free(self) -> None:
-        rate, quality = [0.1, 0.2, 0.4, 0.8], [27.0, 30.0, 33.5, 36.0]
-        other = [0.11, 0.19, 0.35, 0.7]
-        forward = bd_rate(rate, quality, other, quality)
-        assert bd_rate(rate[::-1], quality[::-1], other, quality) == forward
-
-    def test_ratio_inverts(self) -> None:
-        a, b = ([0.1, 0.2, 0.4, 0.8], [27.0, 30.0, 33.5, 36.0]), ([0.1, 0.25, 0.5, 0.7], [28.0, 31, 34, 35.5])
-        there, back = bd_rate(*a, *b), bd_rate(*b, *a)
-        assert (1 + there / 100) * (1 + back / 100) == pytest.approx(1, abs=1e-12)
-
-    @pytest.mark.parametrize(
-        ("rate", "quality", "message"),
-        [
-            ([0.1, 0.2, 0.3], [30, 31, 32], "at least 4 points"),
-            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32], "4 rates but 3"),
-            ([0.1, 0.2, 0.3, 0.4], [50, 51, 52, 53], "share no range"),
-            ([0.1, 0.2, 0.15, 0.4], [30, 31, 32, 33], "must rise"),
-            ([0.1, 0.2, 0.3, 0.4], [30, 31, 31, 33], "must rise"),
-            ([0.0, 0.2, 0.3, 0.4], [30, 31, 32, 33], "not positive"),
-            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32, math.inf], "not finite"),
-            ([0.1, 0.2, 0.3, 0.4], [30, 31, 32, None], "empty value"),
-        ],
-        ids=["few", "lengths", "apart", "falling", "repeated", "zero", "infinite", "null"],
-    )
-    def test_what_is_no_curve(self, rate: list[float], quality: list[float], message: str) -> None:
-        with pytest.raises(LalicError, match=message):
-            bd_rate([0.1, 0.2, 0.3, 0.4], [30, 31, 32, 33], rate, quality)
-
-
-class TestPlots:
-    @pytest.mark.parametrize("suffix", [".png", ".svg"])
-    def test_draws(self, tmp_path: Path, suffix: str) -> None:
-        pytest.importorskip("matplotlib")
-        curves = [Curve("one point", [0.5], [30.0]), Curve("line", [0.9, 0.2], [33.0, 28.0])]
-        path = tmp_path / "sub" / f"rd{suffix}"
-        plot_rd(curves, path, "Rate-distortion")
-        content = path.read_bytes()
-        if suffix == ".png":
-            assert np.asarray(Image.open(path)).std() > 1
-        else:
-            assert b"<svg" in content
-
-    def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        pytest.importorskip("matplotlib")
-        (tmp_path / "images").mkdir()
-        Image.fromarray(photo_like(32, 32)).save(tmp_path / "images" / "a.png")
-        result = tmp_path / "result.json"
-        result.write_text(json.dumps({"name": "LALIC", "results": {"bpp": [0.4], "psnr": [25.0]}}))
-        output = tmp_path / "rd.png"
-        assert plot_main([str(result), "-o", str(output), "--images", str(tmp_path / "images")]) == 0
-        assert output.stat().st_size > 1000
-        assert str(output) in capsys.readouterr().out
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ("{", "not a result file"),
-            ('{"results": {}}', "not a result file"),
-            ('{"results": {"bpp": [1], "psnr": []}}', "not a curve"),
-        ],
-        ids=["cut", "empty", "lengths"],
-    )
-    def test_what_is_no_result(self, tmp_path: Path, content: str, message: str) -> None:
-        path = tmp_path / "r.json"
-        path.write_text(content)
-        with pytest.raises(LalicError, match=message):
-            read_curve(path)
-
-    def test_missing_values_are_named(self) -> None:
-        with pytest.raises(LalicError, match="no psnr"):
-            Curve("x", [0.1, 0.2], [30.0, None]).values("psnr")
-
-    def test_unknown_suffix(self, tmp_path: Path) -> None:
-        with pytest.raises(LalicError, match=r"\.svg"):
-            plot_rd([Curve("x", [0.1], [30.0])], tmp_path / "rd.jpg", "t")
-
-    def test_side_by_side_keeps_the_pixels(self, tmp_path: Path) -> None:
-        a = photo_like(30, 50)
-        b = noisy(a, 20)
-        path = tmp_path / "pair.png"
-        side_by_side(a, b, path, ("original", "a caption much longer than the picture is wide"))
-        canvas = np.asarray(Image.open(path))
-        assert np.array_equal(canvas[-30:, :50], a)
-        assert np.array_equal(canvas[-30:, -50:], b)

@@ -71,6 +71,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "are installed), or take published points (published); all by default",
     )
     parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="HTML",
+        help="also write one page with tables, curves, BD-rate and (with -o) pictures; lalic report has its options",
+    )
+    parser.add_argument(
         "--warm-up",
         action="store_true",
         help="run each new size once before it is measured, so that the times of all images but the first count",
