@@ -46,7 +46,7 @@ from lalic.curve import Curve
 from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.evaluation.journal import ImageSums, Journal, key_of
-from lalic.evaluation.options import device_of, labels_of, parser, precision
+from lalic.evaluation.options import device_of, is_elsewhere, labels_of, parser, precision
 from lalic.evaluation.ranks import Ranks, place
 from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
 from lalic.files import atomic_open, sha256_of, write_json
@@ -129,7 +129,7 @@ def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work
     compressai.set_entropy_coder(args.entropy_coder)
     images = list_images(args.input_dir)
     for path in args.checkpoints:
-        if "://" not in path and not Path(path).exists():
+        if not (is_elsewhere(path) or Path(path).exists()):
             raise LalicError(f"no such checkpoint: {path}")
     dataset = anchors.dataset_of(images) if ranks.first else None
     if args.anchors and ranks.first:

@@ -18,6 +18,7 @@ from lalic.anchors import curves_of, measure_pillow, published
 from lalic.codec.coder import encode_image, pad
 from lalic.errors import LalicError
 from lalic.eval import averages, main, reconstruction_names
+from lalic.evaluation.options import labels_of
 from lalic.measure import measure
 from lalic.metrics import to_tensor
 from lalic.model import LALIC, load_weights, published_state_dict
@@ -356,6 +357,24 @@ class TestFolders:
         report = evaluate([bundle], images, tmp_path)
         assert report["qualities"] == ["lalic-mse-q1"]
         assert report["models"][0]["loss"] == {"metric": "mse", "lambda": 0.0018}
+
+
+class TestLabels:
+    @pytest.mark.parametrize(
+        ("checkpoint", "label"),
+        [
+            ("ckpt/lalic-mse-q3.pth.tar", "lalic-mse-q3"),
+            ("lalic-mse-q3", "lalic-mse-q3"),
+            ("https://host/release/lalic-mse-q3/", "lalic-mse-q3"),
+            ("https://host/w/lalic-mse-q3.pth?download=1#sha256=00", "lalic-mse-q3"),
+        ],
+    )
+    def test_named_after_the_checkpoint(self, checkpoint: str, label: str) -> None:
+        assert labels_of([checkpoint], None) == [label]
+
+    def test_missing_release(self, images: Path) -> None:
+        with pytest.raises(LalicError, match="lalic-mse-q3"):
+            main(["-p", "lalic-mse-q3", "-i", str(images)])
 
 
 class TestBadInput:
