@@ -59,7 +59,7 @@ def main() -> int:
     result = out / "eval.json"
     _run(
         *(sys.executable, "-m", "lalic.eval", "-m", "LALIC", "-p", bundle, "-q", label, "-i", photos),
-        *("-o", out / "reconstructions", "--result", result, "--real", "--both"),
+        *("-o", out / "reconstructions", "--result", result, "--real", "--both", "--report", out / "report.html"),
     )
 
     _say("One photograph to a file and back")
@@ -137,7 +137,7 @@ def _pictures(out: Path, photos: Path, photo: Path, coded: Path, decoded: Path, 
     rate = bits_per_pixel(coded.stat().st_size, *original.shape[:2])
     caption = f"LALIC demo: {rate:.3f} bpp, {psnr(original, reconstruction):.2f} dB"
     side_by_side(original, reconstruction, out / "side-by-side.png", (f"original {photo.name}", caption))
-    print(out / "rd.png", out / "side-by-side.png", sep="\n")
+    print(out / "rd.png", out / "side-by-side.png", out / "report.html", sep="\n")
 
 
 def _closing_words(out: Path, result: Path, seconds: float) -> None:

@@ -41,11 +41,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from lalic import anchors
+from lalic.codec.bitstream import FLOAT32
 from lalic.curve import Curve
 from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.evaluation.journal import ImageSums, Journal, key_of
-from lalic.evaluation.options import device_of, labels_of, parser, precision
+from lalic.evaluation.options import device_of, is_elsewhere, labels_of, parser, precision
 from lalic.evaluation.ranks import Ranks, place
 from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
 from lalic.files import atomic_open, sha256_of, write_json
@@ -128,7 +129,7 @@ def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work
     compressai.set_entropy_coder(args.entropy_coder)
     images = list_images(args.input_dir)
     for path in args.checkpoints:
-        if "://" not in path and not Path(path).exists():
+        if not (is_elsewhere(path) or Path(path).exists()):
             raise LalicError(f"no such checkpoint: {path}")
     dataset = anchors.dataset_of(images) if ranks.first else None
     if args.anchors and ranks.first:
@@ -153,7 +154,7 @@ def _evaluate(weights: Weights, label: str, work: Work) -> list[Row]:
     settings = {
         "fingerprint": weights.fingerprint,
         "mode": ["estimate", "real", "both"][work.args.real + work.args.both],
-        "coder": work.args.entropy_coder,
+        "coder": [work.args.entropy_coder, work.args.arithmetic],
         "environment": same_numbers(work.environment),
     }
     done = work.ranks.share(_measured_before(settings, label, work) if work.ranks.first else None)
@@ -196,9 +197,10 @@ def _measure(
     args = work.args
     model = weights.model.to(work.device).eval()
     model.set_compute_dtype(torch.bfloat16 if args.half else None)
-    if args.real:
+    if args.real and args.arithmetic == FLOAT32:
         model.update()
-    session = Session(model, real=args.real, estimate=args.both or not args.real, warm_up=args.warm_up)
+    estimate = args.both or not args.real
+    session = Session(model, real=args.real, estimate=estimate, warm_up=args.warm_up, arithmetic=args.arithmetic)
     rows: dict[int, Row] = {}
     hidden = None if work.ranks.first else True  # None: where there is a terminal
     for i in tqdm(mine, desc=label, unit="image", disable=hidden):
@@ -247,7 +249,7 @@ def reconstruction_names(images: Sequence[Path], root: Path) -> list[Path]:
 def _report(work: Work) -> Row:
     """What is written as JSON: the published code's name, description, results and records, and more."""
     args = work.args
-    coding = args.entropy_coder if args.real else "estimation"
+    coding = f"{args.entropy_coder} ({args.arithmetic})" if args.real else "estimation"
     done = list(work.labels[: len(work.results)])
     description = f"{args.model}, coding: {coding}, cuda: {args.cuda}, {precision(args)}, quality: {done}"
     report = {
@@ -256,6 +258,7 @@ def _report(work: Work) -> Row:
         "results": columns(work.results),
         "qualities": done,
         "models": work.models,
+        "arithmetic": args.arithmetic if args.real else None,
         "dataset": work.dataset,
         "images": {"folder": str(args.input_dir), "used": len(work.records) // len(done)},
         "reconstructions": str(args.output_dir) if args.output_dir else None,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lalic.codec.bitstream import FLOAT64
 from lalic.codec.coder import cut, decode, encode, pad
 from lalic.memory import PeakMemory
 from lalic.metrics import (
@@ -37,19 +38,21 @@ class Session:
     """Measures pictures with one model, and knows which of them found it warm.
 
     Args:
-        real: entropy-code and decode each picture; the quality is that of the decoded picture, and the model must
-            have been `update()`d.
+        real: entropy-code and decode each picture; the quality is that of the decoded picture.
         estimate: take the rate from the likelihoods of a forward pass. With both, `bpp` is the real rate, and
             `bpp-estimated` and `bpp-gap-percent` stand beside it.
         warm_up: run each size once, unmeasured, before its first picture.
+        arithmetic: of the entropy coding, FLOAT64 or FLOAT32 (lalic.codec.coder); for FLOAT32 the model must have
+            been `update()`d.
     """
 
-    def __init__(self, model: LALIC, *, real: bool, estimate: bool, warm_up: bool = False):
+    def __init__(self, model: LALIC, *, real: bool, estimate: bool, warm_up: bool = False, arithmetic: str = FLOAT64):
         if not (real or estimate):
             raise ValueError("nothing to measure: real or estimate must be chosen")
         self.model, self.real, self.estimate, self.warm_up = model, real, estimate, warm_up
         self._sizes: set[tuple[int, int]] = set()
         self._first = True
+        self.arithmetic = arithmetic
 
     @torch.inference_mode()
     def measure(self, rgb: NDArray[np.uint8]) -> tuple[Row, NDArray[np.uint8]]:
@@ -88,7 +91,7 @@ class Session:
             row, x_hat = _forward(self.model, x)
         if self.real:
             estimated = row.get("bpp")
-            coded, x_hat = _code(self.model, x)
+            coded, x_hat = _code(self.model, x, self.arithmetic)
             row |= coded
             if estimated is not None:
                 row |= {"bpp-estimated": estimated, "bpp-gap-percent": gap_percent(row["bpp"], estimated)}
@@ -114,10 +117,10 @@ def _forward(model: LALIC, x: Tensor) -> tuple[Row, Tensor]:
     return {"bpp": bpp, "forward_time": seconds}, cut(out["x_hat"], height, width)
 
 
-def _code(model: LALIC, x: Tensor) -> tuple[Row, Tensor]:
+def _code(model: LALIC, x: Tensor, arithmetic: str) -> tuple[Row, Tensor]:
     height, width = x.shape[-2:]
     start = _clock(x.device)
-    coded = encode(model, x)
+    coded = encode(model, x, arithmetic)
     middle = _clock(x.device)
     x_hat = decode(model, coded)
     end = _clock(x.device)

@@ -23,6 +23,7 @@ from lalic.report.chart import ticks
 from lalic.report.cli import main
 from lalic.report.html import number, size, slug, text
 from lalic.report.pictures import chosen, heat, heat_colours
+from lalic.report.viewer import shortened
 
 VOID = {"meta", "link", "img", "input"}
 
@@ -120,11 +121,12 @@ class TestFile:
     def test_what_it_says(self, result: dict[str, Any], tmp_path: Path) -> None:
         page = report(result, tmp_path, tmp_path / "recon")
         for words in (
-            "LALIC, evaluated",
+            "LALIC on images",
             "4 operating points on 3 images, rates from real bytes. CPU & <co>.",
             "0.100 – 0.400",
             "1 image could not be read and count in no number: images/<i>broken.png (damaged)",
             "at least 4 points, the anchor curve has 2",
+            "Not on MS-SSIM, which this result does not have.",
             "All 3 images.",
             "libjpeg-turbo 3",
         ):
@@ -317,6 +319,12 @@ class TestCommand:
 
 
 class TestText:
+    def test_shortened_labels(self) -> None:
+        assert shortened(["lalic-mse-q1", "lalic-mse-q2"]) == ["q1", "q2"]
+        assert shortened(["lalic-mse-q1", "lalic-ms-ssim-q1"]) == ["mse-q1", "ms-ssim-q1"]
+        for labels in (["q1", "q2"], ["lalic-q1"], ["a-", "a-b"], []):
+            assert shortened(labels) == labels
+
     def test_markup_and_control_characters(self) -> None:
         assert text("<b>\"&'\x1b[31m\u202e") == "&lt;b&gt;&quot;&amp;&#x27;\\x1b[31m\\u202e"
         assert text("\udcff.png") == "\\udcff.png"

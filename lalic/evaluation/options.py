@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import compressai
 import torch
 
 from lalic.anchors import FORMATS
+from lalic.codec.bitstream import FLOAT32, FLOAT64
 from lalic.errors import LalicError
 from lalic.release import stem_of
 
@@ -43,11 +45,17 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("-r", "--result", type=Path, help="JSON file to write")
     parser.add_argument("--real", action="store_true", help="entropy-code, decode, and count the bytes")
     parser.add_argument("--both", action="store_true", help="--real, and the estimated rate beside it")
+    parser.add_argument(
+        "--arithmetic",
+        choices=(FLOAT64, FLOAT32),
+        default=FLOAT64,
+        help="of --real: float64, as in .lalic files, or float32, CompressAI's strings (%(default)s)",
+    )
     parser.add_argument("--cuda", action="store_true", help="compute on the GPU; an error if there is none")
     parser.add_argument(
         "--half",
         action="store_true",
-        help="run the transforms in bfloat16, on CPU and GPU; latents and probabilities stay in float32",
+        help="run the transforms in bfloat16, on CPU and GPU; latents and probabilities stay in full precision",
     )
     parser.add_argument(
         "-c",
@@ -107,6 +115,11 @@ def labels_of(checkpoints: Sequence[str], qualities: Sequence[str] | None) -> li
     if wrong:
         raise LalicError(f"label {wrong[0]!r} cannot name a folder of reconstructions: choose another with -q")
     return labels
+
+
+def is_elsewhere(checkpoint: str) -> bool:
+    """Whether it is a URL or the name of a release, which `open_weights` has to look for, and not a path."""
+    return "://" in checkpoint or re.fullmatch(r"lalic-(mse|ms-ssim)-[^/]+", checkpoint) is not None
 
 
 def _name_of(checkpoint: str) -> str:

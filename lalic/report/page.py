@@ -6,7 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lalic import __version__
@@ -68,17 +68,18 @@ def build(
     labels = _labels(result, len(own.bpp))
     dataset = dataset_of_result(result)
     others = _others(result, source, own, dataset if with_published else None, compared)
-    pairs = [compare(own, other, metric) for metric in METRICS for other in others if _judges(other, metric)]
+    pairs = [compare(own, other, m) for m in METRICS if own.has(m) for other in others if _judges(other, m)]
     rows = records_of(result)
     names = tables.display_names([row["file"] for row in rows], folder_of_images(result))
     shown = gallery(result, labels, images, reconstructions, options)
     by_image = {(row["file"], str(row.get("quality"))): row for row in rows}
 
-    title = f"{own.label} on {title_of(dataset).split(',')[0]}" if dataset else f"{own.label}, evaluated"
+    where = title_of(dataset).split(",")[0] if dataset else PurePath(folder_of_images(result) or "").name
+    title = f"{own.label} on {where}" if where else f"{own.label}, evaluated"
     sections = [
         ("curves", "Curves", _curves(own, others)),
         ("table", "Operating points", _points(result, labels)),
-        ("bd-rate", "BD-rate", _bd_rate(pairs)),
+        ("bd-rate", "BD-rate", _bd_rate(own, pairs, bool(others))),
         ("pictures", "Pictures", viewer.section(shown, labels, names, by_image, options)),
         ("images", "Every image", _records(rows, labels, names)),
         ("surroundings", "How it was measured", _surroundings(result)),
@@ -168,7 +169,9 @@ def _tiles(own: Curve, pairs: Sequence[Comparison], result: Result) -> str:
         largest = max(gaps, key=abs)
         tiles.append(("Real to estimated rate, at most", f"{number(largest, 2, sign=True)} <small>%</small>"))
     items = "".join(f"<div><dt>{text(name)}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    return f'<dl class="tiles">{items}</dl>'
+    # Six make two rows of three; fewer stand in one.
+    columns = len(tiles) if len(tiles) < 6 else 3
+    return f'<dl class="tiles" style="--share:{90 // columns}%">{items}</dl>'
 
 
 def _span(values: Sequence[float], digits: int) -> str:
@@ -203,16 +206,22 @@ def _points(result: Result, labels: Sequence[str]) -> str:
     return tables.checkpoints(result, labels) + remark
 
 
-def _bd_rate(pairs: Sequence[Comparison]) -> str:
-    if not pairs:
+def _bd_rate(own: Curve, pairs: Sequence[Comparison], with_others: bool) -> str:
+    if not with_others:
         return (
             '<p class="remark">There is nothing to compare with: the images are no test set with published points, '
             "and the result holds no measured anchors (lalic eval --anchors).</p>"
         )
+    lacking = [name for metric, name in QUALITY_NAMES.items() if not own.has(metric)]
+    remark = (
+        f'<p class="remark">Not on {" and ".join(lacking)}, which this result does not have.</p>' if lacking else ""
+    )
+    if not pairs:
+        return remark or '<p class="remark">No curve is meant to be compared on the qualities that there are.</p>'
     return (
         "<p>How many percent fewer (−) or more (+) bits this evaluation needs at equal quality, averaged over the "
         "range of quality that both curves cover; PCHIP over the logarithm of the rate.</p>"
-        f"{tables.bd_rates(pairs)}"
+        f"{tables.bd_rates(pairs)}{remark}"
     )
 
 

@@ -136,7 +136,9 @@ def surroundings(result: Result) -> str:
         for m in models:
             if isinstance(m, Mapping):
                 keys = ("quality", "name", "step", "fingerprint", "checkpoint")
-                rows.append([text("–" if m.get(key) is None else _plain(m[key])) for key in keys])
+                # The first 16 digits of a fingerprint tell weights apart; the JSON has all of them.
+                values = ["–" if m.get(key) is None else _plain(m[key]) for key in keys]
+                rows.append([text(v[:16] if key == "fingerprint" else v) for key, v in zip(keys, values, strict=True)])
     weights = table(["Quality", "Weights", "Step", "Fingerprint", "Read from"], rows, "Weights", "left") if rows else ""
     return (f'<dl class="facts">{items}</dl>' if items else "") + weights
 

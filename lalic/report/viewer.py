@@ -45,6 +45,14 @@ def style(labels: Sequence[str]) -> str:
     return "\n".join(rules)
 
 
+def shortened(labels: Sequence[str]) -> list[str]:
+    """Labels without the words that all of them begin with: `lalic-mse-q1`, `lalic-mse-q2` -> `q1`, `q2`."""
+    words = [label.split("-") for label in labels]
+    while len(words) > 1 and all(len(w) > 1 and w[1] for w in words) and len({w[0] for w in words}) == 1:
+        words = [w[1:] for w in words]
+    return ["-".join(w) for w in words]
+
+
 def _introduction(gallery: Gallery, options: PictureOptions) -> str:
     if len(gallery.images) == gallery.of:
         said = [f"All {gallery.of} images." if gallery.of > 1 else "The one image."]
@@ -65,8 +73,8 @@ def _introduction(gallery: Gallery, options: PictureOptions) -> str:
 def _choice(labels: Sequence[str], slugs: Mapping[str, str], middle: str) -> str:
     options = "".join(
         f'<label><input type="radio" name="checkpoint" id="k-{slugs[label]}"{" checked" if label == middle else ""}>'
-        f"<span>{text(label)}</span></label>"
-        for label in labels
+        f"<span>{text(short)}</span></label>"
+        for label, short in zip(labels, shortened(labels), strict=True)
     )
     return f'<fieldset class="choice"><legend>Checkpoint</legend><div class="segments">{options}</div></fieldset>'
 
@@ -128,7 +136,7 @@ def _numbers(
 ) -> str:
     """The rates and qualities of one image at every checkpoint; the chosen one is marked."""
     rows = []
-    for label in labels:
+    for label, short in zip(labels, shortened(labels), strict=True):
         record = records.get((shown.file, label), {})
         num_bytes = record.get("bytes")
         cells = [
@@ -138,7 +146,7 @@ def _numbers(
             number_cell(record.get("ms-ssim-db"), "ms-ssim-db"),
         ]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f'<tr class="row-{slugs[label]}"><th scope="row">{text(label)}</th>{body}</tr>')
+        rows.append(f'<tr class="row-{slugs[label]}"><th scope="row">{text(short)}</th>{body}</tr>')
     head = "".join(
         f'<th scope="col">{name}</th>'
         for name in ('<span class="hidden">Checkpoint</span>', "bpp", "Bytes", "PSNR", "MS-SSIM")

@@ -43,3 +43,26 @@ def test_a_preempted_evaluation_starts_again(cluster: Cluster, checkout: Checkou
     assert "SIGTERM: requeue" in checkout.output("preempted")
     assert len(json.loads((checkout.folder / "tiny.json").read_text())["records"]) == 6
     assert (checkout.folder / f"eval-logs/eval-{job}-1/environment.txt").exists()
+
+
+def test_processes_on_two_nodes_share_the_images(cluster: Cluster, checkout: Checkout):
+    from lalic.model import LALIC
+
+    model = LALIC(N=8, dims=(8, 12, 16, 32, 16, 8), depths=(1, 1, 1, 1), groups=(4, 4, 8, 16))
+    torch.save(model.state_dict(), checkout.folder / "tiny.pth")
+    arguments = [
+        "--nodes=2",
+        "--output=two.txt",
+        "launch/eval.slurm",
+        "-p",
+        "tiny.pth",
+        "-i",
+        "photos",
+        "-r",
+        "two.json",
+    ]
+    job = checkout.submit(arguments, LALIC_EVAL_LOGS="eval-logs")
+    assert checkout.wait_over(job, "the evaluation on two nodes") == "COMPLETED", checkout.output("two")
+    report = json.loads((checkout.folder / "two.json").read_text())
+    assert report["environment"]["processes"] == 2
+    assert sorted(r["process"] for r in report["records"]) == [0, 0, 0, 1, 1, 1]
