@@ -301,6 +301,16 @@ class TestCommand:
         assert "<Other>" in page.said
         assert str(output) in capsys.readouterr().out
 
+    def test_results_of_one_name_are_told_apart(self, result: dict[str, Any], tmp_path: Path) -> None:
+        for name, factor in (("mine", 1.0), ("theirs", 0.5)):
+            results = {**result["results"], "bpp": [factor * b for b in result["results"]["bpp"]]}
+            (tmp_path / f"{name}.json").write_text(json.dumps({"name": "LALIC", "results": results}))
+        output = tmp_path / "r.html"
+        assert main([str(tmp_path / "mine.json"), "-o", str(output), "--compare", str(tmp_path / "theirs.json")]) == 0
+        page = Page(output.read_text())
+        assert "LALIC (mine), evaluated" in page.said
+        assert "LALIC (theirs) +100.00 %" in page.said
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
