@@ -13,12 +13,11 @@ Nothing in a bundle is ever unpickled as code.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,17 +30,14 @@ from safetensors.torch import save_file
 
 from lalic.card import model_card
 from lalic.errors import LalicError
+from lalic.fetch import address_of, resolve
+from lalic.fetch_cache import forget, without_suffix
 from lalic.files import fsync_folder, sha256_of, write_json, write_text
 from lalic.ladder import quality_of, release_name
 from lalic.metrics import json_ready
 from lalic.model import LALIC, fingerprint, load_weights, published_state_dict
 from lalic.model.weights import deduplicate
-
-FORMAT = 1
-SUMS = "SHA256SUMS"
-CONFIG = "config.json"
-SAFETENSORS = "model.safetensors"
-
+from lalic.release_files import CONFIG, FORMAT, SAFETENSORS, SUMS, verify_bundle
 
 Kind = Literal["ema", "raw"]
 
@@ -66,13 +62,26 @@ class Weights:
         return fingerprint(self.model)
 
 
-def open_weights(path: str | Path, kind: Kind | None = None) -> Weights:
-    """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, or a training run.
+def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
+    """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, a training run; by path, by
+    the name of a release or by URL (see lalic.fetch).
 
     Of a training run, the newest complete checkpoint is taken; of a checkpoint, the averaged weights where it has
     any, or those of a `kind`. Raises LalicError in one line.
     """
-    path = Path(path)
+    address = address_of(place)
+    path = resolve(place)
+    if address is None:
+        return _open_path(path, kind)
+    try:
+        return _open_path(path, kind)
+    except LalicError as error:
+        if path.is_file():
+            forget(path)  # whatever it is, it is not kept for weights
+        raise LalicError(f"{address.shown}: {error}") from error
+
+
+def _open_path(path: Path, kind: Kind | None) -> Weights:
     if kind is not None and not ((path / "meta.json").exists() or (path / "checkpoints").is_dir()):
         raise LalicError(f"{path} is no training run and no checkpoint folder: it holds one kind of weights only")
     if not path.is_dir():
@@ -195,57 +204,6 @@ def _same_bundle(new: Path, existing: Path) -> bool:
         return False
 
 
-def verify_bundle(folder: str | Path, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Check a bundle's files against its SHA256SUMS and return its config.
-
-    `only` limits the check to some files, which must be listed. Raises LalicError naming the first file
-    that is missing, damaged or not listed.
-    """
-    folder = Path(folder)
-    sums = read_sums(folder)
-    wanted = [*sums] if only is None else [*only]
-    unlisted = [n for n in (CONFIG, SAFETENSORS, *(only or ())) if n not in sums]
-    if only is None:
-        unlisted += sorted(f.name for f in folder.iterdir() if f.name not in sums and f.name != SUMS)
-    if unlisted:
-        raise LalicError(f"{folder / SUMS} does not list {unlisted[0]}: the bundle is not as it was released")
-    for name in wanted:
-        file = folder / name
-        if not file.is_file():
-            raise LalicError(f"{folder} is incomplete: {name} is missing; get the bundle again")
-        if sha256_of(file) != sums[name]:
-            raise LalicError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}; get the bundle again")
-    return read_config(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a bundle, not checked against its sum; LalicError when it is not one."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LalicError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "fingerprint" not in config:
-        raise LalicError(f"{folder / CONFIG} is not the configuration of a release bundle")
-    if config.get("format") != FORMAT:
-        raise LalicError(f"{folder} has bundle format {config.get('format')}, this program reads format {FORMAT}")
-    return config
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """The sums that a bundle was written with, by file name; LalicError when it has none that can be read."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise LalicError(f"{folder} is not a release bundle: it has no readable {SUMS}") from error
-    sums = {}
-    for line in lines:
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([A-Za-z0-9][A-Za-z0-9._-]*)", line)
-        if not match:
-            raise LalicError(f"{folder / SUMS} is damaged: {line[:80]!r} is not a checksum and a file name")
-        sums[match[2]] = match[1]
-    return sums
-
-
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions by package name; packages that are not installed are left out."""
     found = {}
@@ -259,7 +217,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 def stem_of(path: Path) -> str:
     """`ckpt/lalic-mse-q3.pth.tar` -> `lalic-mse-q3`."""
-    return re.sub(r"(\.(pth|pt|tar|safetensors|ckpt))+$", "", path.name)
+    return without_suffix(path.name)
 
 
 def _loss_from_name(name: str) -> dict[str, Any]:

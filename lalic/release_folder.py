@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lalic.errors import LalicError
 from lalic.files import sha256_of, write_text
-from lalic.release import SUMS, read_sums
+from lalic.release_files import SUMS, read_sums
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]lalic-[^/]+/[^/]+")
 

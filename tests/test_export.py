@@ -17,8 +17,10 @@ from lalic import release
 from lalic.card import PUBLISHED_IMAGES, model_card
 from lalic.errors import LalicError
 from lalic.export import main
+from lalic.files import sha256_of
 from lalic.model import LALIC, fingerprint, load_weights, published_state_dict
-from lalic.release import Weights, open_weights, verify_bundle, write_bundle
+from lalic.release import Weights, open_weights, write_bundle
+from lalic.release_files import verify_bundle
 from lalic.training.checkpoint import save
 
 TINY = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (4, 4, 8, 16)}
@@ -119,7 +121,7 @@ class TestCard:
         for part in (fingerprint(model), "0.0067", "quality 3", "1,000 steps", "21.5", "arXiv:2502.05741"):
             assert part in text
         for file in ("model.safetensors", "lalic-mse-q3.pth", "config.json"):
-            assert f"{release.sha256_of(bundle / file)}  {file}" in text
+            assert f"{sha256_of(bundle / file)}  {file}" in text
 
     @pytest.mark.parametrize(
         ("dims", "images", "warned"),
