@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("lalic.sweep.cli", "train the quality ladder q1 ... q6 of one config, and print where its runs stand"),
     "status": ("lalic.status", "where runs stand, from their folders alone"),
     "export": ("lalic.export", "write the release bundles of runs"),
+    "verify": ("lalic.verify", "check release bundles: sums, layout, weights, and a picture that they decode"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
     "plot": ("lalic.plot", "draw R-D curves from results of `lalic eval`"),
     "compress": ("lalic.codec.cli", "photograph -> .lalic file"),

@@ -3,8 +3,11 @@
     release/lalic-mse-q3/
         lalic-mse-q3.pth     plain state dict in the published layout
         model.safetensors    the same tensors, the hyper transforms under their short names only
-        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions
+        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions,
+                             the training, what the reference picture gives
         metrics.json         validation metrics of the checkpoint, {} when there are none
+        evaluation.json      what `lalic eval` measured; absent where nothing was given to `lalic export --eval`
+        reference.lalic      a generated picture, coded; `lalic verify` decodes it (lalic.reference_picture)
         README.md            model card
         SHA256SUMS           checksums of all the files above, for `sha256sum -c`
 
@@ -16,28 +19,23 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-
-from lalic.card import model_card
 from lalic.errors import LalicError
 from lalic.fetch import address_of, resolve
 from lalic.fetch_cache import forget, without_suffix
-from lalic.files import fsync_folder, sha256_of, write_json, write_text
-from lalic.ladder import quality_of, release_name
-from lalic.metrics import json_ready
-from lalic.model import LALIC, fingerprint, load_weights, published_state_dict
-from lalic.model.weights import deduplicate
-from lalic.release_files import CONFIG, FORMAT, SAFETENSORS, SUMS, verify_bundle
+from lalic.files import fsync_folder
+from lalic.ladder import release_name
+from lalic.model import LALIC, fingerprint, load_weights
+from lalic.release_contents import fill_bundle
+from lalic.release_files import CONFIG, EVALUATION, METRICS, SAFETENSORS, SUMS, read_extra, verify_bundle
+from lalic.versions import versions
+
+__all__ = ["Kind", "Weights", "open_checkpoint", "open_weights", "stem_of", "verify_bundle", "versions", "write_bundle"]
 
 Kind = Literal["ema", "raw"]
 
@@ -55,6 +53,10 @@ class Weights:
     metrics: dict[str, Any] = field(default_factory=dict)
     kind: Kind | None = None
     """Averaged weights or those of the last step; None when the file does not say."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Of a bundle: what its configuration says of the training, as label -> text or number."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Of a bundle: its evaluation.json, see lalic.card_evaluation."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,18 +120,27 @@ def _open_bundle(folder: Path) -> Weights:
     model = load_weights(folder)
     name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
     weights = Weights(model, name, str(folder), config.get("step"), loss, kind=config.get("weights"))
+    weights.training = dict(config.get("training") or {})
+    weights.metrics = read_extra(folder, METRICS, {})
+    weights.evaluations = read_extra(folder, EVALUATION, [])
     if weights.fingerprint != config["fingerprint"]:
         raise LalicError(f"{folder}: the weights are not those that its {CONFIG} names; get the bundle again")
     return weights
 
 
 def write_bundle(
-    weights: Weights, output: Path, *, force: bool = False, recipe: Mapping[str, Any] | None = None
+    weights: Weights,
+    output: Path,
+    *,
+    force: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+    licence: str = "mit",
 ) -> Path:
     """Write `output/NAME/` whole or not at all; NAME follows from metric and lambda (lalic.ladder).
 
     An existing bundle of the same content is left as it is; another one is replaced only with `force`.
-    `recipe` is what the model card tells about the training.
+    `recipe` is what the model card tells about the training, `licence` an identifier of model hubs. Raises LalicError
+    for weights that are not finite, or that cannot decode what they code.
     """
     metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
     name = release_name(metric, lmbda)
@@ -139,46 +150,11 @@ def write_bundle(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _fill(temporary, name, weights, recipe or {})
+        fill_bundle(temporary, name, weights, recipe or weights.training, licence)
         _move_into_place(temporary, target, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _fill(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any]) -> None:
-    state = published_state_dict(weights.model)
-    torch.save(state, folder / f"{name}.pth")
-    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
-    save_file(deduplicate(state), folder / SAFETENSORS, metadata={"format": "pt"})
-    # save_file makes it readable for the owner alone.
-    shutil.copymode(folder / f"{name}.pth", folder / SAFETENSORS)
-    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
-    config = {
-        "format": FORMAT,
-        "name": name,
-        "model": weights.model.config,
-        "loss": {"metric": metric, "lambda": lmbda},
-        "quality": quality_of(metric, lmbda),
-        "step": weights.step,
-        "weights": weights.kind,
-        "fingerprint": weights.fingerprint,
-        "versions": versions("lalic", "torch", "compressai"),
-    }
-    write_json(folder / CONFIG, config)
-    metrics = json_ready(weights.metrics)
-    write_json(folder / "metrics.json", metrics)
-    sums = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
-    write_text(folder / "README.md", model_card(config, metrics, recipe, weights.model, sums))
-    sums["README.md"] = sha256_of(folder / "README.md")
-    write_text(folder / SUMS, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    fsync_folder(folder)
 
 
 def _move_into_place(temporary: Path, target: Path, force: bool) -> None:
@@ -202,17 +178,6 @@ def _same_bundle(new: Path, existing: Path) -> bool:
         return (existing / SUMS).read_text() == (new / SUMS).read_text()
     except (LalicError, OSError):
         return False
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions by package name; packages that are not installed are left out."""
-    found = {}
-    for package in packages:
-        # A module's own version tells builds apart (2.6.0+cu124), the package's metadata does not.
-        module = sys.modules.get(package.replace("-", "_"))
-        with suppress(PackageNotFoundError):
-            found[package] = str(getattr(module, "__version__", None) or version(package))
-    return found
 
 
 def stem_of(path: Path) -> str:

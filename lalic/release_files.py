@@ -66,10 +66,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> Any:
-    """A small JSON file; LalicError when it cannot be read."""
+def read_json(path: Path, most: int = MOST_CONFIG) -> Any:
+    """A JSON file of `most` bytes at most; LalicError when it cannot be read."""
     try:
-        if path.stat().st_size > MOST_CONFIG:
+        if path.stat().st_size > most:
             raise ValueError(f"{path.stat().st_size} bytes are too many")
         return json.loads(path.read_text(encoding="utf-8"))
     # Nested a thousand times, brackets end in a RecursionError.
@@ -98,3 +98,12 @@ def parse_sums(text: str, name: str) -> dict[str, str]:
             raise LalicError(f"{name} is damaged: {for_terminal(line[:80])!r} is {what}")
         sums[match[2]] = match[1]
     return sums
+
+
+def read_extra(folder: Path, name: str, empty: Any) -> Any:
+    """A JSON file that a bundle may lack, checked against its sum; `empty` when it is not there."""
+    if not (folder / name).exists():
+        return empty
+    verify_bundle(folder, only=(name,))
+    found = read_json(folder / name)
+    return found if isinstance(found, type(empty)) else empty

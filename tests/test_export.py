@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lalic import release
+from lalic import release_contents
 from lalic.card import PUBLISHED_IMAGES, model_card
 from lalic.errors import LalicError
 from lalic.export import main
@@ -24,7 +24,15 @@ from lalic.release_files import verify_bundle
 from lalic.training.checkpoint import save
 
 TINY = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (4, 4, 8, 16)}
-FILES = ["README.md", "SHA256SUMS", "config.json", "lalic-mse-q3.pth", "metrics.json", "model.safetensors"]
+FILES = [
+    "README.md",
+    "SHA256SUMS",
+    "config.json",
+    "lalic-mse-q3.pth",
+    "metrics.json",
+    "model.safetensors",
+    "reference.lalic",
+]
 
 
 def tiny_model(seed: int = 0) -> LALIC:
@@ -208,7 +216,7 @@ class TestWriting:
         def fail(*_: Any) -> str:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(release, "model_card", fail)
+        monkeypatch.setattr(release_contents, "model_card", fail)
         with pytest.raises(OSError, match="No space"):
             write_bundle(weights_of(tiny_model(1)), bundle.parent, force=True)
         verify_bundle(bundle)

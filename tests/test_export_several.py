@@ -21,7 +21,7 @@ from lalic.release_files import verify_bundle
 from lalic.release_folder import kept_sums
 from lalic.training.checkpoint import save
 
-FILES_OF_A_BUNDLE = 6
+FILES_OF_A_BUNDLE = 7
 
 
 def write_run(run: Path, quality: int, seed: int = 0, step: int = 10) -> Path:
