@@ -87,7 +87,7 @@ def _check_folder(folder: Path, bundles: Sequence[Path]) -> Iterator[str]:
             yield SUMS
         return
     listed = listed_sums(folder)
-    wrong = [b.name for b in bundles if sorted(listed.get(b.name, [])) != sums_of(b)]
+    wrong = [b.name for b in bundles if sorted(listed.get(b.name, [])) != sorted(sums_of(b))]
     if wrong:
         print(f"  FAILED  {folder / SUMS} does not agree with the bundle {wrong[0]}")
         yield SUMS
