@@ -2,10 +2,10 @@
 
     python benchmarks/published_bundle.py CHECKOUT --weights release/lalic-mse-q3 --images kodim*.png [--eval]
 
-The published code in CHECKOUT (nothing in it is changed) loads the bundle's .pth with its own `load_checkpoint`, strictly,
-and both codes run on the same images. Its operator exists for CUDA alone; on a CPU it is replaced by ours, all else is
-theirs. `--full` adds a random model of the published size. `--eval` also runs its eval.py with --real, as a program of its
-own, and ours beside it.
+The published code in CHECKOUT (nothing in it is changed) loads the bundle's .pth with its own `load_checkpoint`,
+strictly, and both codes run on the same images. Its operator exists for CUDA alone; on a CPU it is replaced by ours,
+all else is theirs. `--full` adds a random model of the published size. `--eval` also runs its eval.py with --real, as a
+program of its own, and ours beside it.
 
 Then the other way: what the published model's own state_dict() saves is loaded here, with both spellings of the entropy
 bottleneck's parameters, and must have the same fingerprint.

@@ -117,7 +117,7 @@ def open_checkpoint(path: Path, step: int | None = None, kind: Kind | None = Non
 
 def _open_bundle(folder: Path) -> Weights:
     config = verify_bundle(folder, only=(CONFIG, SAFETENSORS))
-    model = load_weights(folder)
+    model = _as_told(load_weights(folder), config.get("model"), folder)
     name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
     weights = Weights(model, name, str(folder), config.get("step"), loss, kind=config.get("weights"))
     weights.training = dict(config.get("training") or {})
@@ -126,6 +126,21 @@ def _open_bundle(folder: Path) -> Weights:
     if weights.fingerprint != config["fingerprint"]:
         raise LalicError(f"{folder}: the weights are not those that its {CONFIG} names; get the bundle again")
     return weights
+
+
+def _as_told(model: LALIC, told: Any, folder: Path) -> LALIC:
+    """The model with the `N` of its configuration, which the tensors' shapes do not tell where it has no effect."""
+    others = {key: value for key, value in model.config.items() if key != "N"}
+    if not isinstance(told, dict) or {key: told.get(key) for key in others} != others:
+        raise LalicError(f"{folder}: the weights have another architecture than {CONFIG} tells; get the bundle again")
+    if told == model.config:
+        return model
+    try:
+        named = LALIC(**told)
+        named.load_state_dict(model.state_dict())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LalicError(f"{folder}: the weights do not have the widths that {CONFIG} tells with N") from error
+    return named.eval()
 
 
 def write_bundle(
