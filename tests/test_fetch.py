@@ -254,7 +254,7 @@ class TestFile:
     @pytest.mark.parametrize("data", [b"", b"<html>no</html>", b"\x80\x04\x95junk", b"PK\x03\x04cut off"])
     def test_what_is_no_weights_file_is_not_kept(self, bucket: Bucket, url: str, data: bytes) -> None:
         bucket.files["x.pth"] = data
-        with pytest.raises(LalicError, match=r"/x\.pth: .*damaged or is not a weights file") as caught:
+        with pytest.raises(LalicError, match=r"/x\.pth: .*x\.pth is ") as caught:
             open_weights(f"{bucket.url}/x.pth")
         assert "\n" not in str(caught.value)
         assert in_cache() == []
@@ -300,7 +300,7 @@ class TestRefused:
     def test_web_page_that_says_it_is_a_file(self, bucket: Bucket, place: str) -> None:
         bucket.files[self.first(place)] = b"\n<!DOCTYPE html><html>"
         text = self.refusal(bucket, place)
-        assert "web page" in text or "not a weights file" in text
+        assert "web page" in text
 
     def test_redirect_loop(self, bucket: Bucket, place: str) -> None:
         bucket.redirect = self.first(place)
