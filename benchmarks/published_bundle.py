@@ -44,7 +44,7 @@ def main() -> int:
     from lalic.release import open_weights
 
     args = _parser().parse_args()
-    result: dict[str, Any] = {"environment": describe(1), "models": []}
+    result: dict[str, Any] = {"command": _command(args), "environment": describe(1), "models": []}
     for place in args.weights:
         weights = open_weights(place)
         pth = _pth_of(Path(weights.source))
@@ -63,6 +63,14 @@ def main() -> int:
     if worst > 1e-3:
         raise LalicError(f"the reconstructions differ by {worst:.2g}")
     return 0
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command without the folders of this machine."""
+    words = ["python benchmarks/published_bundle.py CHECKOUT"]
+    for flag, values in (("--weights", args.weights), ("--images", args.images)):
+        words += [flag, *(Path(value).name for value in values)] if values else []
+    return " ".join([*words, *(f"--{name}" for name in ("full", "eval") if getattr(args, name))])
 
 
 def on_cpu(checkout: Path, pth: Path) -> Any:
