@@ -350,8 +350,8 @@ def published_bundle(result: dict[str, Any]) -> str:
     ]
     back = sum(sum(model["loaded_back"].values()) for model in result["models"])
     text = (
-        "The published code loads the `.pth` of our bundles with its own `load_checkpoint`, strictly; its CUDA operator "
-        "is replaced by ours, so the differences are those of the rest of the network, float32 on both sides. "
+        "The published code loads the `.pth` of our bundles with its own `load_checkpoint`, strictly; its operator "
+        "(CUDA) is replaced by ours, so the differences are those of the rest of the network, float32 on both sides. "
         f"What it saves is loaded here with the same fingerprint, {back} of {3 * len(result['models'])} times (as "
         "saved, with the old and with the new names of the entropy bottleneck). *Astray*: its decoder lost our string: "
         "one scale that rounds otherwise is enough, which is the way of CompressAI's float32 strings between two "

@@ -42,9 +42,18 @@ MOST_WEIGHTS = 4 << 30
 """Bytes of a weights file that are fetched at most; the published size has a quarter of a GiB."""
 MOST_TEXT = 16 << 20
 _MOST_FILES = 64
+_OF_BUNDLES = re.compile(r"^[0-9a-f]{64} [ *](lalic-[A-Za-z0-9._+-]+)/[A-Za-z0-9._-]+$", re.MULTILINE)
 _SUFFIX = re.compile(r"\.(pth|pt|tar|safetensors|ckpt)$")
 _BRIEF = Patience(attempts=2, first_delay=0.5, most_delay=1.0, silence=10.0)
 """For asking whether what is cached is still the newest."""
+
+
+class FolderOfBundles(LalicError):
+    """A URL of several bundles where one is needed."""
+
+    def __init__(self, shown: str, names: list[str]):
+        super().__init__(f"{shown} is a folder of bundles: add the name of one ({', '.join(names[:12])})")
+        self.names = names
 
 
 class Address(NamedTuple):
@@ -79,6 +88,8 @@ def forget(path: Path) -> None:
 def _bundle(address: Address, wanted: Sequence[str] | None, needed: str) -> Path:
     url, name = address.url, _plain_name(address.url)
     text, digest = _sums(address, name)
+    if names := sorted({match[1] for match in _OF_BUNDLES.finditer(text)}):
+        raise FolderOfBundles(address.shown, names)
     sums = parse_sums(text, f"{address.shown}/{SUMS}")
     for file in (CONFIG, SAFETENSORS):
         if file not in sums:

@@ -2,7 +2,7 @@
 
     lalic verify release/lalic-mse-q3 [--image photo.png]
     lalic verify release/                      every bundle in the folder, and the folder's SHA256SUMS
-    lalic verify https://host/release/lalic-mse-q3
+    lalic verify https://host/release/lalic-mse-q3    or https://host/release, all that its SHA256SUMS lists
     lalic verify lalic-mse-q3                  by name, see LALIC_WEIGHTS and LALIC_HUB_URL
 
 One line for each check. Files: those of SHA256SUMS and no others. Sums: their SHA-256. Config: name, metric, lambda
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.fetch import address_of, resolve
+from lalic.fetch_cache import FolderOfBundles
 from lalic.release_files import CONFIG, SUMS
 from lalic.release_folder import listed_sums, sums_of
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lalic.verify_bundle import check_bundle
 
     failed = 0
-    for place in args.bundles:
+    for place in _each(args.bundles):
         folder = resolve(place, whole=True)
         address = address_of(place)
         if address is not None:
@@ -56,6 +57,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{place}: {'FAILED: ' + ', '.join(wrong) if wrong else 'good'}", flush=True)
         failed += bool(wrong)
     return 1 if failed else 0
+
+
+def _each(places: Sequence[str]) -> Iterator[str]:
+    """The places; instead of a URL of several bundles, that of each of them."""
+    for place in places:
+        try:
+            resolve(place, whole=True)
+        except FolderOfBundles as folder:
+            yield from (f"{place.partition('#')[0].rstrip('/')}/{name}" for name in folder.names)
+        else:
+            yield place
 
 
 def bundles_in(folder: Path) -> list[Path]:

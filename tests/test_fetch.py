@@ -15,9 +15,11 @@ from typing import Any
 import fsspec
 import pytest
 from bucket_server import KINDS, Bucket, Fault, serve
+from PIL import Image
 from test_export import tiny_model, weights_of
 
 from lalic import fetch, fetch_cache, fetch_stream, load
+from lalic.codec import cli
 from lalic.codec.weights import weights_for
 from lalic.errors import LalicError
 from lalic.files import cache_folder, sha256_of
@@ -400,6 +402,20 @@ class TestNames:
             memory.pipe_file(f"/{path}", data)
         assert open_weights(f"memory://release/{NAME}").fingerprint == fingerprint(tiny_model())
         assert open_weights(f"memory://release/{NAME}/{NAME}.pth").fingerprint == fingerprint(tiny_model())
+
+    def test_in_the_codec(self, bucket: Bucket, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`lalic compress --weights URL`; the decoder finds the weights by the file's fingerprint."""
+        Image.new("RGB", (40, 30), (10, 120, 200)).save(tmp_path / "a.png")
+        assert cli.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "a.lalic"), "--weights", url]) == 0
+        monkeypatch.setenv("LALIC_OFFLINE", "1")
+        assert cli.main(["decompress", str(tmp_path / "a.lalic"), str(tmp_path / "b.png")]) == 0
+        assert Image.open(tmp_path / "b.png").size == (40, 30)
+        monkeypatch.delenv("LALIC_OFFLINE")
+        bucket.types[f"release/{NAME}/SHA256SUMS"] = "text/html"
+        for place in (f"{bucket.url}/nothing", f"{bucket.url}/x.pth", "lalic-mse-q5"):
+            with pytest.raises(LalicError):
+                cli.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "c.lalic"), "--weights", place])
+            assert not (tmp_path / "c.lalic").exists()
 
     def test_lalic_load(self, url: str) -> None:
         model = load(url)

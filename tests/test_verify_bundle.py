@@ -23,7 +23,7 @@ from lalic import reference_picture
 from lalic.errors import LalicError
 from lalic.files import sha256_of
 from lalic.ladder import LADDERS
-from lalic.release import write_bundle
+from lalic.release import open_weights, write_bundle
 from lalic.release_folder import kept_sums
 from lalic.verify import main
 from lalic.verify_bundle import Check, check_bundle
@@ -362,6 +362,20 @@ class TestCommand:
         with serve(Bucket(files)) as bucket:
             assert main([f"{bucket.url}/{NAME}"]) == 0
             assert capsys.readouterr().out.count("  ok ") == len(CHECKS)
+
+    def test_url_of_a_folder(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("LALIC_CACHE_DIR", str(tmp_path / "cache"))
+        files = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        with serve(Bucket(files)) as bucket:
+            with pytest.raises(
+                LalicError, match=r"is a folder of bundles: add the name of one \(lalic-mse-q3, lalic-m"
+            ):
+                open_weights(bucket.url)
+            assert main([bucket.url]) == 0
+            out = capsys.readouterr().out
+            assert out.count("  ok ") == 2 * len(CHECKS) and out.endswith(f"{bucket.url}/lalic-mse-q4: good\n")
 
     @pytest.mark.parametrize("place", ["nowhere", "file.txt", "."])
     def test_what_is_no_bundle(self, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
