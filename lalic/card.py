@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lalic.card_evaluation import markdown, model_index
 from lalic.model import LALIC
 
 PUBLISHED_DIMS = [96, 144, 256, 320, 256, 192]
@@ -14,11 +15,7 @@ PUBLISHED_IMAGES = 48 * 400_000
 
 _CARD = """\
 ---
-license: mit
-library_name: lalic
-tags: [image-compression, learned-image-compression, rwkv, compressai]
-pipeline_tag: image-to-image
----
+{matter}---
 
 # {name}
 
@@ -45,12 +42,11 @@ python -m lalic.eval -m LALIC -p {name} -q {name} -i IMAGES -o RECON --result re
 ```
 
 ```python
+import lalic
 from lalic.codec import decode_image, encode_image
 from lalic.data.images import read_rgb
-from lalic.model import load_weights
 
-model = load_weights("{name}")  # this folder, its .safetensors or its .pth
-model.update()  # builds the tables of the entropy coder
+model = lalic.load("{name}")  # this folder, a file of it, or the URL of either
 coded = encode_image(model, read_rgb("photo.png"))
 print(coded.num_bytes, "bytes")
 picture = decode_image(model, coded)  # (H, W, 3) uint8
@@ -59,14 +55,16 @@ picture = decode_image(model, coded)  # (H, W, 3) uint8
 `{name}.pth` is a plain state dict in the layout of the published code and loads there as it is.
 `model.safetensors` holds the same tensors, each once. Neither needs unpickling of code.
 
+`lalic verify {name}` checks that this folder is whole, that both files hold the same weights, and that
+they decode `reference.lalic`, a generated picture, to what the exporting machine got.
+
 ## Numbers
 
 {numbers}
 ## Limits
 
-A file decodes only where the same probabilities are computed as where it was encoded: same weights, same
-kind of device, same versions of torch and lalic. The decoder checks that they agree and stops with an
-error where they do not. Pictures are 8-bit RGB.
+A file is decoded by the weights that wrote it. The decoder checks that it computes the probabilities that
+the encoder computed, and stops with an error where it does not. Pictures have 8 bits per channel.
 
 ## Licence and citation
 
@@ -99,6 +97,8 @@ def model_card(
     recipe: Mapping[str, Any],
     model: LALIC,
     sums: Mapping[str, str],
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    licence: str = "mit",
 ) -> str:
     """Markdown text of the card.
 
@@ -109,6 +109,8 @@ def model_card(
             published recipe. Empty for weights whose training is not known.
         model: the model, for its number of parameters.
         sums: SHA-256 by file name.
+        evaluations: the bundle's evaluation.json (lalic.card_evaluation).
+        licence: of the weights, as model hubs name it.
     """
     metric, lmbda = config["loss"]["metric"], config["loss"]["lambda"]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -116,6 +118,7 @@ def model_card(
     told = "".join(f"- {label}: {_number(value)}\n" for label, value in recipe.items())
     steps = f"{config['step']:,} steps" if config["step"] is not None else "not known (weights given as a file)"
     return _CARD.format(
+        matter=_front_matter(config, evaluations, licence),
         name=config["name"],
         metric_name={"mse": "mean squared error", "ms-ssim": "MS-SSIM"}[metric],
         lmbda=lmbda,
@@ -132,7 +135,7 @@ def model_card(
         ),
         fingerprint=config["fingerprint"],
         recipe=f"## Training\n\n{told}\n" if told else "",
-        numbers=_numbers(metrics),
+        numbers=_numbers(metrics, evaluations),
         sums="\n".join(f"{digest}  {file}" for file, digest in sorted(sums.items())),
     )
 
@@ -160,12 +163,31 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
 
 
-def _numbers(metrics: Mapping[str, Any]) -> str:
+def _front_matter(config: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], licence: str) -> str:
+    """What a model hub reads: YAML."""
+    import yaml
+
+    matter: dict[str, Any] = {
+        "license": licence,
+        "library_name": "lalic",
+        "pipeline_tag": "image-to-image",
+        "tags": ["image-compression", "learned-image-compression", "rwkv", "compressai", config["loss"]["metric"]],
+    }
+    if evaluations:
+        matter["metrics"] = sorted(
+            {key for e in evaluations for key in e["metrics"] if key in ("bpp", "psnr", "ms-ssim")}
+        )
+        matter["model-index"] = model_index(config["name"], evaluations)
+    return str(yaml.safe_dump(matter, sort_keys=False, allow_unicode=True))
+
+
+def _numbers(metrics: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
     rows = [(k, v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+    measured = f"{markdown(evaluations)}\n" if evaluations else ""
     if not rows:
-        return "No validation numbers came with this checkpoint; run `lalic.eval` as above.\n"
+        return measured or "No numbers came with these weights; run `lalic.eval` as above.\n"
     body = "".join(f"| {key} | {_number(value)} |\n" for key, value in rows)
-    return (
+    return measured + (
         "Validation during training (estimated rate, not a benchmark), from `metrics.json`:\n\n"
         f"| | |\n|---|---|\n{body}"
     )

@@ -16,6 +16,7 @@ COMMANDS = {
     "sweep": ("lalic.sweep.cli", "train the quality ladder q1 ... q6 of one config, and print where its runs stand"),
     "status": ("lalic.status", "where runs stand, from their folders alone"),
     "export": ("lalic.export", "write the release bundles of runs"),
+    "verify": ("lalic.verify", "check release bundles: sums, layout, weights, and a picture that they decode"),
     "eval": ("lalic.eval", "rate and distortion of weights on a folder of images"),
     "anchors": ("lalic.anchors", "measure JPEG, WebP, AVIF, JPEG 2000 and JPEG XL on a folder of images"),
     "bdrate": ("lalic.bdrate", "BD-rate between results of `lalic eval`, and against published curves"),

@@ -3,10 +3,12 @@
     python -m lalic.export --run RUN [RUN ...] --output release/ [--step N | --best] [--weights ema|raw]
     python -m lalic.export --sweep runs/lalic --output release/
     python -m lalic.export --checkpoint lalic-mse-q3.pth --output release/
+    python -m lalic.export --checkpoint release/lalic-mse-q3 --eval kodak.json --output release/ --force
 
 The second form takes the runs of a ladder, runs/lalic-q1 ... runs/lalic-q6, that have a checkpoint. The third bundles
 weights that come from elsewhere, such as published ones. Metric and lambda are taken from the checkpoint or from a file
-name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and `--quality` or `--lambda`.
+name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and `--quality` or `--lambda`. `--eval` puts what
+`lalic eval` measured on these weights into bundle and card; the last form adds it to a bundle that is there.
 
 Of a run that was trained with `train.ema`, the averaged weights are taken, which are those that were validated;
 `--weights raw` takes those of the last step.
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lalic.card_evaluation import joined, read_evaluations
 from lalic.errors import LalicError, run_main
 from lalic.ladder import LADDERS, lambda_of, release_name
 from lalic.release import Weights, open_checkpoint, open_weights, write_bundle
@@ -77,9 +80,14 @@ def _chosen(run: Path, args: argparse.Namespace) -> tuple[Path, int | None]:
 def _export(weights: Weights, args: argparse.Namespace) -> None:
     weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
     log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
-    recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema")
+    recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema") or weights.training
+    if args.evaluations:
+        measured = read_evaluations(args.evaluations, weights.fingerprint)
+        if not measured:
+            log.warning("%s: --eval has no numbers of these weights", weights.source)
+        weights.evaluations = joined(weights.evaluations, measured)
     with kept_sums(args.output, release_name(weights.loss["metric"], weights.loss["lambda"])):
-        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe)
+        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe, licence=args.licence)
     print(folder, flush=True)
 
 
@@ -210,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, nargs="+", metavar="RUN", help="run folders of lalic.train")
     source.add_argument("--sweep", type=Path, metavar="RUNS/NAME", help="the ladder of `lalic sweep`, all its runs")
-    source.add_argument("--checkpoint", type=Path, help="weights file, checkpoint folder or bundle")
+    source.add_argument("--checkpoint", help="weights file, checkpoint folder or bundle: path, name or URL")
     parser.add_argument("--output", type=Path, default=Path("release"), help="folder of bundles (%(default)s)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, help="checkpoint of this step (default: the newest complete one)")
@@ -221,6 +229,17 @@ def _parser() -> argparse.ArgumentParser:
     multiplier = parser.add_mutually_exclusive_group()
     multiplier.add_argument("--quality", type=int, choices=range(1, 7), help="quality label, gives lambda")
     multiplier.add_argument("--lambda", dest="lmbda", type=float, help="Lagrangian multiplier of the loss")
+    parser.add_argument(
+        "--eval",
+        dest="evaluations",
+        type=Path,
+        nargs="+",
+        metavar="RESULT",
+        help="results of `lalic eval` on these weights, for bundle and card",
+    )
+    parser.add_argument(
+        "--license", dest="licence", default="mit", metavar="ID", help="of the weights, as hubs name it (%(default)s)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle that differs")
     return parser
 

@@ -3,8 +3,11 @@
     release/lalic-mse-q3/
         lalic-mse-q3.pth     plain state dict in the published layout
         model.safetensors    the same tensors, the hyper transforms under their short names only
-        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions
+        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions,
+                             the training, what the reference picture gives
         metrics.json         validation metrics of the checkpoint, {} when there are none
+        evaluation.json      what `lalic eval` measured; absent where nothing was given to `lalic export --eval`
+        reference.lalic      a generated picture, coded; `lalic verify` decodes it (lalic.reference_picture)
         README.md            model card
         SHA256SUMS           checksums of all the files above, for `sha256sum -c`
 
@@ -13,35 +16,26 @@ Nothing in a bundle is ever unpickled as code.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import save_file
-
-from lalic.card import model_card
 from lalic.errors import LalicError
-from lalic.files import fsync_folder, sha256_of, write_json, write_text
-from lalic.ladder import quality_of, release_name
-from lalic.metrics import json_ready
-from lalic.model import LALIC, fingerprint, load_weights, published_state_dict
-from lalic.model.weights import deduplicate
+from lalic.fetch import address_of, resolve
+from lalic.fetch_cache import forget, without_suffix
+from lalic.files import fsync_folder
+from lalic.ladder import release_name
+from lalic.model import LALIC, fingerprint, load_weights
+from lalic.release_contents import fill_bundle
+from lalic.release_files import CONFIG, EVALUATION, METRICS, SAFETENSORS, SUMS, read_extra, verify_bundle
+from lalic.versions import versions
 
-FORMAT = 1
-SUMS = "SHA256SUMS"
-CONFIG = "config.json"
-SAFETENSORS = "model.safetensors"
-
+__all__ = ["Kind", "Weights", "open_checkpoint", "open_weights", "stem_of", "verify_bundle", "versions", "write_bundle"]
 
 Kind = Literal["ema", "raw"]
 
@@ -59,6 +53,10 @@ class Weights:
     metrics: dict[str, Any] = field(default_factory=dict)
     kind: Kind | None = None
     """Averaged weights or those of the last step; None when the file does not say."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Of a bundle: what its configuration says of the training, as label -> text or number."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """Of a bundle: its evaluation.json, see lalic.card_evaluation."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -66,13 +64,26 @@ class Weights:
         return fingerprint(self.model)
 
 
-def open_weights(path: str | Path, kind: Kind | None = None) -> Weights:
-    """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, or a training run.
+def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
+    """Open weights of any kind: a file, a verified release bundle, a checkpoint folder, a training run; by path, by
+    the name of a release or by URL (see lalic.fetch).
 
     Of a training run, the newest complete checkpoint is taken; of a checkpoint, the averaged weights where it has
     any, or those of a `kind`. Raises LalicError in one line.
     """
-    path = Path(path)
+    address = address_of(place)
+    path = resolve(place)
+    if address is None:
+        return _open_path(path, kind)
+    try:
+        return _open_path(path, kind)
+    except LalicError as error:
+        if path.is_file():
+            forget(path)  # whatever it is, it is not kept for weights
+        raise LalicError(f"{address.shown}: {error}") from error
+
+
+def _open_path(path: Path, kind: Kind | None) -> Weights:
     if kind is not None and not ((path / "meta.json").exists() or (path / "checkpoints").is_dir()):
         raise LalicError(f"{path} is no training run and no checkpoint folder: it holds one kind of weights only")
     if not path.is_dir():
@@ -106,21 +117,45 @@ def open_checkpoint(path: Path, step: int | None = None, kind: Kind | None = Non
 
 def _open_bundle(folder: Path) -> Weights:
     config = verify_bundle(folder, only=(CONFIG, SAFETENSORS))
-    model = load_weights(folder)
+    model = _as_told(load_weights(folder), config.get("model"), folder)
     name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
     weights = Weights(model, name, str(folder), config.get("step"), loss, kind=config.get("weights"))
+    weights.training = dict(config.get("training") or {})
+    weights.metrics = read_extra(folder, METRICS, {})
+    weights.evaluations = read_extra(folder, EVALUATION, [])
     if weights.fingerprint != config["fingerprint"]:
         raise LalicError(f"{folder}: the weights are not those that its {CONFIG} names; get the bundle again")
     return weights
 
 
+def _as_told(model: LALIC, told: Any, folder: Path) -> LALIC:
+    """The model with the `N` of its configuration, which the tensors' shapes do not tell where it has no effect."""
+    others = {key: value for key, value in model.config.items() if key != "N"}
+    if not isinstance(told, dict) or {key: told.get(key) for key in others} != others:
+        raise LalicError(f"{folder}: the weights have another architecture than {CONFIG} tells; get the bundle again")
+    if told == model.config:
+        return model
+    try:
+        named = LALIC(**told)
+        named.load_state_dict(model.state_dict())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LalicError(f"{folder}: the weights do not have the widths that {CONFIG} tells with N") from error
+    return named.eval()
+
+
 def write_bundle(
-    weights: Weights, output: Path, *, force: bool = False, recipe: Mapping[str, Any] | None = None
+    weights: Weights,
+    output: Path,
+    *,
+    force: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+    licence: str = "mit",
 ) -> Path:
     """Write `output/NAME/` whole or not at all; NAME follows from metric and lambda (lalic.ladder).
 
     An existing bundle of the same content is left as it is; another one is replaced only with `force`.
-    `recipe` is what the model card tells about the training.
+    `recipe` is what the model card tells about the training, `licence` an identifier of model hubs. Raises LalicError
+    for weights that are not finite, or that cannot decode what they code.
     """
     metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
     name = release_name(metric, lmbda)
@@ -130,46 +165,11 @@ def write_bundle(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _fill(temporary, name, weights, recipe or {})
+        fill_bundle(temporary, name, weights, recipe or weights.training, licence)
         _move_into_place(temporary, target, force)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return target
-
-
-def _fill(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any]) -> None:
-    state = published_state_dict(weights.model)
-    torch.save(state, folder / f"{name}.pth")
-    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
-    save_file(deduplicate(state), folder / SAFETENSORS, metadata={"format": "pt"})
-    # save_file makes it readable for the owner alone.
-    shutil.copymode(folder / f"{name}.pth", folder / SAFETENSORS)
-    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
-    config = {
-        "format": FORMAT,
-        "name": name,
-        "model": weights.model.config,
-        "loss": {"metric": metric, "lambda": lmbda},
-        "quality": quality_of(metric, lmbda),
-        "step": weights.step,
-        "weights": weights.kind,
-        "fingerprint": weights.fingerprint,
-        "versions": versions("lalic", "torch", "compressai"),
-    }
-    write_json(folder / CONFIG, config)
-    metrics = json_ready(weights.metrics)
-    write_json(folder / "metrics.json", metrics)
-    sums = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
-    write_text(folder / "README.md", model_card(config, metrics, recipe, weights.model, sums))
-    sums["README.md"] = sha256_of(folder / "README.md")
-    write_text(folder / SUMS, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
-    for file in folder.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    fsync_folder(folder)
 
 
 def _move_into_place(temporary: Path, target: Path, force: bool) -> None:
@@ -195,71 +195,9 @@ def _same_bundle(new: Path, existing: Path) -> bool:
         return False
 
 
-def verify_bundle(folder: str | Path, only: Sequence[str] | None = None) -> dict[str, Any]:
-    """Check a bundle's files against its SHA256SUMS and return its config.
-
-    `only` limits the check to some files, which must be listed. Raises LalicError naming the first file
-    that is missing, damaged or not listed.
-    """
-    folder = Path(folder)
-    sums = read_sums(folder)
-    wanted = [*sums] if only is None else [*only]
-    unlisted = [n for n in (CONFIG, SAFETENSORS, *(only or ())) if n not in sums]
-    if only is None:
-        unlisted += sorted(f.name for f in folder.iterdir() if f.name not in sums and f.name != SUMS)
-    if unlisted:
-        raise LalicError(f"{folder / SUMS} does not list {unlisted[0]}: the bundle is not as it was released")
-    for name in wanted:
-        file = folder / name
-        if not file.is_file():
-            raise LalicError(f"{folder} is incomplete: {name} is missing; get the bundle again")
-        if sha256_of(file) != sums[name]:
-            raise LalicError(f"{file} is damaged: its SHA-256 is not the one in {SUMS}; get the bundle again")
-    return read_config(folder)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a bundle, not checked against its sum; LalicError when it is not one."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LalicError(f"{folder / CONFIG} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "fingerprint" not in config:
-        raise LalicError(f"{folder / CONFIG} is not the configuration of a release bundle")
-    if config.get("format") != FORMAT:
-        raise LalicError(f"{folder} has bundle format {config.get('format')}, this program reads format {FORMAT}")
-    return config
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """The sums that a bundle was written with, by file name; LalicError when it has none that can be read."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise LalicError(f"{folder} is not a release bundle: it has no readable {SUMS}") from error
-    sums = {}
-    for line in lines:
-        match = re.fullmatch(r"([0-9a-f]{64}) [ *]([A-Za-z0-9][A-Za-z0-9._-]*)", line)
-        if not match:
-            raise LalicError(f"{folder / SUMS} is damaged: {line[:80]!r} is not a checksum and a file name")
-        sums[match[2]] = match[1]
-    return sums
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Installed versions by package name; packages that are not installed are left out."""
-    found = {}
-    for package in packages:
-        # A module's own version tells builds apart (2.6.0+cu124), the package's metadata does not.
-        module = sys.modules.get(package.replace("-", "_"))
-        with suppress(PackageNotFoundError):
-            found[package] = str(getattr(module, "__version__", None) or version(package))
-    return found
-
-
 def stem_of(path: Path) -> str:
     """`ckpt/lalic-mse-q3.pth.tar` -> `lalic-mse-q3`."""
-    return re.sub(r"(\.(pth|pt|tar|safetensors|ckpt))+$", "", path.name)
+    return without_suffix(path.name)
 
 
 def _loss_from_name(name: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lalic.errors import LalicError
 from lalic.files import sha256_of, write_text
-from lalic.release import SUMS, read_sums
+from lalic.release_files import SUMS, read_sums
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]lalic-[^/]+/[^/]+")
 
@@ -44,7 +44,7 @@ def kept_sums(folder: Path, name: str) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        before = _listed(folder)
+        before = listed_sums(folder)
         if before:
             _write(folder, {bundle: lines for bundle, lines in before.items() if bundle != name})
         try:
@@ -70,8 +70,9 @@ def _write(folder: Path, bundles: Mapping[str, list[str]]) -> None:
     write_text(folder / SUMS, "".join(line + "\n" for _, lines in sorted(bundles.items()) for line in lines))
 
 
-def _listed(folder: Path) -> dict[str, list[str]]:
-    """The lines of `folder`/SHA256SUMS by bundle; {} when there is no such file."""
+def listed_sums(folder: Path) -> dict[str, list[str]]:
+    """The lines of `folder`/SHA256SUMS by bundle; {} when there is no such file, LalicError when it is another list."""
+    check_sums(folder)
     lines: dict[str, list[str]] = {}
     try:
         text = (folder / SUMS).read_text(encoding="utf-8")
@@ -86,12 +87,12 @@ def _bundles(folder: Path, listed: Mapping[str, list[str]]) -> dict[str, list[st
     """The lines of all bundles in the folder. One whose own sums are lost keeps those that are `listed`, and fails."""
     found = {}
     for path in folder.iterdir():
-        if path.name.startswith("lalic-") and path.is_dir() and (lines := _sums_of(path) or listed.get(path.name)):
+        if path.name.startswith("lalic-") and path.is_dir() and (lines := sums_of(path) or listed.get(path.name)):
             found[path.name] = lines
     return found
 
 
-def _sums_of(bundle: Path) -> list[str]:
+def sums_of(bundle: Path) -> list[str]:
     """The lines for one bundle, that of its SHA256SUMS included; [] when it has none that can be read."""
     try:
         sums = {**read_sums(bundle), SUMS: sha256_of(bundle / SUMS)}

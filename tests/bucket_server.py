@@ -50,6 +50,10 @@ class Bucket:
     """A path whose answers never end."""
     redirect: str = ""
     """A path that leads to itself."""
+    moved: dict[str, str] = field(default_factory=dict)
+    """Path -> the path that it leads to, as from a hub to the servers of its large files."""
+    types: dict[str, str] = field(default_factory=dict)
+    """Path -> its Content-Type, where that is no plain file's."""
     url: str = ""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """(method, path, Range header) in order."""
@@ -133,6 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == bucket.redirect:
             self._status(302, [("Location", self.path)])
             return
+        if path in bucket.moved:
+            self._status(302, [("Location", "/" + bucket.moved[path])])
+            return
         data = bucket.files.get(path)
         if data is None:
             self._status(404, [])
@@ -175,7 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
         told = {"short": len(part) // 2, "long": len(part) + 1000}.get(kind, len(part))
         self.send_response(status)
         self.send_header("Content-Length", str(told))
-        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Type", self.bucket.types.get(path, "application/octet-stream"))
         self.send_header("Accept-Ranges", "bytes" if self.bucket.ranges else "none")
         if status == 206:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")

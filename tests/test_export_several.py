@@ -16,11 +16,12 @@ from lalic import release, release_folder
 from lalic.errors import LalicError
 from lalic.export import main
 from lalic.ladder import MSE
-from lalic.release import verify_bundle, write_bundle
+from lalic.release import write_bundle
+from lalic.release_files import verify_bundle
 from lalic.release_folder import kept_sums
 from lalic.training.checkpoint import save
 
-FILES_OF_A_BUNDLE = 6
+FILES_OF_A_BUNDLE = 7
 
 
 def write_run(run: Path, quality: int, seed: int = 0, step: int = 10) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+import random
+import zipfile
 
 import pytest
 import torch
@@ -128,6 +130,9 @@ def _bad_files(tmp_path, model):
     (tmp_path / "half.pth").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (tmp_path / "garbage.pth").write_bytes(b"not a checkpoint at all" * 9)
     (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "page.pth").write_bytes(b"\n<!DOCTYPE html><html><body>Sign in</body></html>")
+    (tmp_path / "page.safetensors").write_bytes(b"<html>Not found</html>")
+    (tmp_path / "pointer.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": _Bomb()}))
     (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 64)
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
@@ -143,7 +148,10 @@ def _bad_files(tmp_path, model):
         ("absent.pth", "no such"),
         ("half.pth", "damaged"),
         ("garbage.pth", "damaged"),
-        ("empty.pth", "damaged"),
+        ("empty.pth", "is empty"),
+        ("page.pth", "is a web page"),
+        ("page.safetensors", "is a web page"),
+        ("pointer.safetensors", "is a Git LFS pointer"),
         ("bomb.pth", "damaged or is not a weights file that can be read safely"),
         ("garbage.safetensors", "damaged"),
         ("linear.pth", "not a LALIC checkpoint"),
@@ -160,3 +168,36 @@ def test_what_is_no_checkpoint(name, words, model, tmp_path):
         load_weights(tmp_path / name)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_damaged_bytes_are_one_line(form, tmp_path):
+    """The readers raise anything from IndexError to struct.error on them; each must come out as one LalicError."""
+    state = {"g_a.0.weight": torch.rand(4, 3, 5, 5), "g_a.0.bias": torch.rand(4)}
+    whole = tmp_path / f"whole.{'safetensors' if form == 'safetensors' else 'pth'}"
+    if form == "safetensors":
+        save_file(state, whole)
+    else:
+        torch.save(state, whole, _use_new_zipfile_serialization=form == "zip")
+    members = {}
+    if form == "zip":
+        with zipfile.ZipFile(whole) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    generator, harmed = random.Random(1), tmp_path / f"harmed{whole.suffix}"
+    for _ in range(150):
+        if form == "zip":  # the pickle inside, with a right CRC around it
+            with zipfile.ZipFile(harmed, "w") as archive:
+                for name, data in members.items():
+                    archive.writestr(name, _flip(data, generator) if name.endswith("data.pkl") else data)
+        else:
+            harmed.write_bytes(_flip(whole.read_bytes(), generator, 900))
+        with pytest.raises(LalicError) as error:
+            load_weights(harmed)
+        assert "\n" not in str(error.value)
+
+
+def _flip(data, generator, most=None):
+    data = bytearray(data)
+    for _ in range(generator.choice([1, 2, 5])):
+        data[generator.randrange(min(len(data), most or len(data)))] = generator.randrange(256)
+    return bytes(data)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -147,11 +145,31 @@ def read_state_dict(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    # On damaged bytes the readers raise whatever they stumble over: IndexError, AssertionError, struct.error ...
+    except Exception as error:
+        if known := _known_mistake(path):
+            raise LalicError(f"{path} {known}") from error
         # What the unpickler says of a stray byte is often a bare number.
         reason = str(error).strip().split("\n")[0][:200]
         told = f": {reason}" if " " in reason else ""
         raise LalicError(f"{path} is damaged or is not a weights file that can be read safely{told}") from error
+
+
+def _known_mistake(path: Path) -> str:
+    """What people save under a weights file's name without wanting to; "" for anything else."""
+    if not path.is_file():
+        return "is not a file"
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip().lower()
+    if not start:
+        return "is empty: it is no weights file"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page and not a weights file: get the file itself, behind the page's download link"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the weights file: run git lfs pull"
+    return ""
 
 
 def load_weights(path: str | Path) -> LALIC:

@@ -1,0 +1,85 @@
+"""The files of a new release bundle (see lalic.release)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lalic.card import model_card
+from lalic.codec.bitstream import model_label
+from lalic.errors import LalicError
+from lalic.files import fsync_folder, sha256_of, write_json, write_text
+from lalic.ladder import quality_of
+from lalic.metrics import json_ready
+from lalic.model import published_state_dict
+from lalic.model.weights import deduplicate
+from lalic.reference_picture import code_reference
+from lalic.release_files import CARD, CONFIG, EVALUATION, FORMAT, METRICS, REFERENCE, SAFETENSORS, SUMS
+from lalic.versions import versions
+
+if TYPE_CHECKING:
+    from lalic.release import Weights
+
+
+def fill_bundle(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any], licence: str) -> None:
+    """Write the files of the bundle `name` into an empty folder, and wait until they are on the disk."""
+    state = published_state_dict(weights.model)
+    check_finite(state, weights.source)
+    torch.save(state, folder / f"{name}.pth")
+    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
+    save_file(deduplicate(state), folder / SAFETENSORS, metadata={"format": "pt"})
+    # save_file makes it readable for the owner alone.
+    shutil.copymode(folder / f"{name}.pth", folder / SAFETENSORS)
+    config = _config(name, weights, recipe)
+    label = model_label(config["loss"]["metric"], config["loss"]["lambda"])
+    try:
+        told = code_reference(weights.model, weights.fingerprint, label, folder / REFERENCE)
+    except LalicError as error:
+        raise LalicError(f"{weights.source} cannot code the reference picture: {error}") from error
+    write_json(folder / CONFIG, config | {"reference": json_ready(told)})
+    metrics = json_ready(weights.metrics)
+    write_json(folder / METRICS, metrics)
+    if weights.evaluations:
+        write_json(folder / EVALUATION, json_ready(weights.evaluations))
+    sums = {f.name: sha256_of(f) for f in sorted(folder.iterdir())}
+    card = model_card(config, metrics, recipe, weights.model, sums, weights.evaluations, licence)
+    write_text(folder / CARD, card)
+    sums[CARD] = sha256_of(folder / CARD)
+    write_text(folder / SUMS, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(folder)
+
+
+def check_finite(state: Mapping[str, Tensor], name: str) -> None:
+    """LalicError naming the first tensor that holds NaN or infinity."""
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LalicError(f"{name} holds numbers that are not finite, in {key}: take another checkpoint")
+
+
+def _config(name: str, weights: Weights, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
+    return {
+        "format": FORMAT,
+        "name": name,
+        "model": weights.model.config,
+        "loss": {"metric": metric, "lambda": lmbda},
+        "quality": quality_of(metric, lmbda),
+        "step": weights.step,
+        "weights": weights.kind,
+        "fingerprint": weights.fingerprint,
+        "training": dict(recipe),
+        "versions": versions("lalic", "torch", "compressai"),
+    }
