@@ -20,6 +20,7 @@ from tiny_codec import TINY, picture, tiny_model
 from lalic import cli
 from lalic.codec import bitstream, decode_image, encode_image
 from lalic.codec.cli import main
+from lalic.codec.pictures import read_picture
 from lalic.errors import LalicError
 from lalic.model import LALIC, fingerprint, published_state_dict
 
@@ -162,6 +163,19 @@ class TestCommands:
         assert found.mode == "LA"
         assert np.array_equal(np.asarray(found)[..., 1], np.where(gray == 7, 0, 255))
 
+    def test_one_transparent_colour_of_16_bits(self, tmp_path: Path) -> None:
+        pixels = np.array([[[1000, 2000, 3000], [40000, 50000, 60000]]], ">u2")
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)),
+            (b"tRNS", struct.pack(">HHH", 40000, 50000, 60000)),
+            (b"IDAT", zlib.compress(b"\0" + pixels.tobytes())),
+            (b"IEND", b""),
+        ]
+        (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*c) for c in chunks))
+        found = read_picture(tmp_path / "p.png")
+        assert found.rgb.tolist() == (pixels >> 8).tolist()
+        assert found.alpha is not None and found.alpha.tolist() == [[255, 0]]
+
     def test_orientation_is_applied(self, weights: Path, tmp_path: Path) -> None:
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -283,12 +297,13 @@ class TestCommands:
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def chunk(tag: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
+
+
 def png(width: int, height: int) -> bytes:
     """The beginning of a PNG that claims that size; its pixels are missing."""
-
-    def chunk(tag: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
-
     start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return start + chunk(b"IDAT", zlib.compress(bytes(1000)))
 

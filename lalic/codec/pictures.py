@@ -135,7 +135,12 @@ def _alpha_of(image: Image.Image) -> NDArray[np.uint8] | None:
     if image.mode.startswith("I"):
         # 16-bit gray, of which one value is transparent.
         return np.where(np.asarray(image) == image.info["transparency"], 0, 255).astype(np.uint8)
-    return np.array(image.convert("RGBA").getchannel(3))
+    colour = image.info["transparency"]
+    if isinstance(colour, tuple) and max(colour) > 255:
+        # Of 16 bits per channel, of which the pixels keep the high byte.
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    return np.array(image.convert("RGBA").getchannel("A"))
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
