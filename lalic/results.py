@@ -27,6 +27,9 @@ QUALITY_NAMES = {"psnr": "PSNR", "ms-ssim-db": "MS-SSIM"}
 
 Result = dict[str, Any]
 
+_BEYOND = 1e6
+"""No rate in bits per pixel and no quality in dB is larger; arithmetic with what is may overflow."""
+
 
 def read_result(path: str | Path) -> Result:
     """The JSON object in a result file; LalicError where it is none, or holds no curve."""
@@ -70,8 +73,8 @@ def curve_of(result: Mapping[str, Any], source: str | Path, label: str | None = 
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise LalicError(f"{source} is not a result file: a rate or a quality in it is not a number") from error
-    if len(rates) != len(bpp) or min(rates) <= 0:
-        raise LalicError(f"{source} has a rate that is not a positive number: it is not a curve")
+    if len(rates) != len(bpp) or min(rates) <= 0 or max(rates) > _BEYOND:
+        raise LalicError(f"{source} has a rate that is not a positive number of bits per pixel: it is not a curve")
     return curve
 
 
@@ -81,6 +84,8 @@ def _number(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
+    if math.isfinite(value) and abs(value) > _BEYOND:
+        raise ValueError(value)
     return float(value) if math.isfinite(value) else None
 
 

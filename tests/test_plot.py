@@ -109,9 +109,11 @@ class TestReadCurve:
             ('{"results": {"bpp": [1], "psnr": []}}', "not a curve"),
             ('{"results": {"bpp": [1], "psnr": ["good"]}}', "not a number"),
             ('{"results": {"bpp": [0], "psnr": [30]}}', "positive"),
+            ('{"results": {"bpp": [1e300], "psnr": [30]}}', "not a number"),
+            ('{"results": {"bpp": [1], "psnr": [1%s]}}' % ("0" * 400), "not a number"),
             ('{"results": {"bpp": [null], "psnr": [30]}}', "positive"),
         ],
-        ids=["cut", "deep", "empty", "lengths", "text", "zero", "null"],
+        ids=["cut", "deep", "empty", "lengths", "text", "zero", "huge", "long", "null"],
     )
     def test_what_is_no_result(self, tmp_path: Path, content: str, message: str) -> None:
         path = tmp_path / "r.json"

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from report_sample import BLUES, LABELS, NAMES, RED, flat, write_sample
 
 from lalic.errors import LalicError
+from lalic.model import LALIC, published_state_dict
 from lalic.report import PictureOptions, write_report
 from lalic.report.chart import ticks
 from lalic.report.cli import main
@@ -151,6 +153,9 @@ class TestPictures:
         expected = heat_colours()[[0, 8, 160, 255]]
         assert np.array_equal(heat(a, b, 8)[0], expected)
         assert np.array_equal(heat(b, a, 8)[0], expected)
+        tall = np.random.default_rng(0).integers(0, 256, (2, 600, 3, 3), dtype=np.uint8)
+        level = np.minimum(np.abs(tall[0].astype(int) - tall[1]).sum(axis=2) * 8 // 3, 255)
+        assert np.array_equal(heat(tall[0], tall[1], 8), heat_colours()[level])
         brightness = heat_colours().astype(int) @ (299, 587, 114)
         assert (np.diff(brightness) >= 0).all()
 
@@ -296,6 +301,16 @@ class TestCommand:
         assert "<Other>" in page.said
         assert str(output) in capsys.readouterr().out
 
+    def test_results_of_one_name_are_told_apart(self, result: dict[str, Any], tmp_path: Path) -> None:
+        for name, factor in (("mine", 1.0), ("theirs", 0.5)):
+            results = {**result["results"], "bpp": [factor * b for b in result["results"]["bpp"]]}
+            (tmp_path / f"{name}.json").write_text(json.dumps({"name": "LALIC", "results": results}))
+        output = tmp_path / "r.html"
+        assert main([str(tmp_path / "mine.json"), "-o", str(output), "--compare", str(tmp_path / "theirs.json")]) == 0
+        page = Page(output.read_text())
+        assert "LALIC (mine), evaluated" in page.said
+        assert "LALIC (theirs) +100.00 %" in page.said
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -316,6 +331,27 @@ class TestCommand:
             main([*(str(places.get(a, a)) for a in arguments), "-o", str(tmp_path / "r.html")])
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "r.html").exists()
+
+
+def test_evaluation_writes_its_report(tmp_path: Path) -> None:
+    from lalic.eval import main as evaluate
+
+    (tmp_path / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        Image.fromarray(rng.integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{name}.png")
+    torch.manual_seed(0)
+    model = LALIC(N=8, dims=(8, 12, 16, 32, 16, 8), depths=(1, 1, 1, 1), groups=(4, 4, 8, 16))
+    torch.save(published_state_dict(model), tmp_path / "lalic-mse-q1.pth")
+    folders = ["-i", str(tmp_path / "images"), "-o", str(tmp_path / "recon")]
+    outputs = ["--result", str(tmp_path / "r.json"), "--report", str(tmp_path / "made" / "r.html")]
+    assert evaluate(["-p", str(tmp_path / "lalic-mse-q1.pth"), *folders, *outputs]) == 0
+    page = Page((tmp_path / "made" / "r.html").read_text())
+    assert "rates estimated from the likelihoods" in page.said
+    assert len(page.pictures()) == 2 * 3
+    # The same page comes from the result file alone.
+    assert main([str(tmp_path / "r.json"), "-o", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "made" / "r.html").read_bytes()
 
 
 class TestText:

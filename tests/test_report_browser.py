@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--force-color-profile=srgb"),
+    "--disable-dev-shm-usage",  # containers have little of it
 )
 DESKTOP, PHONE, NARROW = (1280, 900, False), (390, 844, True), (360, 640, True)
 

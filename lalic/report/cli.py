@@ -19,7 +19,7 @@ from lalic.published import DATASETS
 from lalic.report.html import size
 from lalic.report.page import write_report
 from lalic.report.pictures import PictureOptions
-from lalic.results import Collection, read_result
+from lalic.results import Collection, curve_of, read_result
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -36,10 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     for folder in (args.images, args.reconstructions):
         if folder is not None and not folder.is_dir():
             raise LalicError(f"{folder}: no such folder")
-    collection = Collection(args.compare, dataset=args.dataset)
+    # Together, so that curves of one name are told apart by their files.
+    collection = Collection(
+        [args.result, *(path for path in args.compare if path != args.result)], dataset=args.dataset
+    )
     if args.dataset:
         result = {**result, "dataset": args.dataset}
-    compared = collection.tests("psnr")
+    own, *compared = collection.tests("psnr")
+    if own.label != curve_of(result, args.result).label:
+        result = {**result, "name": own.label}
     write_report(
         result,
         args.output,

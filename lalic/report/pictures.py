@@ -22,6 +22,8 @@ Picture = NDArray[np.uint8]
 
 # Dark where nothing differs; every step of it is brighter than the one before, so it reads in grey as well.
 _HEAT = ((6, 6, 16), (58, 16, 100), (150, 36, 104), (226, 84, 60), (250, 164, 40), (255, 250, 200))
+_STRIP = 256
+"""Rows at a time: whole pictures of 16-bit differences would be large."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,12 @@ def _disagreement(original: Picture, reconstruction: Picture, record: Result) ->
 
 def heat(original: Picture, reconstruction: Picture, gain: int) -> Picture:
     """Error map (H, W, 3): |difference|, averaged over R, G and B, times `gain`, as colours from dark to bright."""
-    difference = np.abs(original.astype(np.int16) - reconstruction).sum(axis=2, dtype=np.int32)
-    level = np.minimum(difference * gain // 3, 255)
-    return heat_colours()[level]
+    out, colours = np.empty_like(original), heat_colours()
+    for top in range(0, len(original), _STRIP):
+        rows = slice(top, top + _STRIP)
+        difference = np.abs(original[rows].astype(np.int16) - reconstruction[rows]).sum(axis=2, dtype=np.int32)
+        out[rows] = colours[np.minimum(difference * gain // 3, 255)]
+    return out
 
 
 def heat_colours() -> Picture:

@@ -136,19 +136,18 @@ def _numbers(
 ) -> str:
     """The rates and qualities of one image at every checkpoint; the chosen one is marked."""
     rows = []
+    coded = any("bytes" in records.get((shown.file, label), {}) for label in labels)
     for label, short in zip(labels, shortened(labels), strict=True):
         record = records.get((shown.file, label), {})
         num_bytes = record.get("bytes")
         cells = [
             number(record.get("bpp"), 3),
-            size(num_bytes) if isinstance(num_bytes, int) else "–",
+            *([size(num_bytes) if isinstance(num_bytes, int) else "–"] if coded else []),
             number_cell(record.get("psnr"), "psnr"),
             number_cell(record.get("ms-ssim-db"), "ms-ssim-db"),
         ]
         body = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr class="row-{slugs[label]}"><th scope="row">{text(short)}</th>{body}</tr>')
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ('<span class="hidden">Checkpoint</span>', "bpp", "Bytes", "PSNR", "MS-SSIM")
-    )
+    names = ['<span class="hidden">Checkpoint</span>', "bpp", *(["Bytes"] if coded else []), "PSNR", "MS-SSIM"]
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
     return f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
