@@ -120,27 +120,31 @@ def _compared(latents: Any, raw: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, 
 
 
 def cost(folder: Path, image: str, device: str, arithmetic: str, rounds: int) -> dict[str, Any]:
-    """Milliseconds of encode and decode, and by how much the process grew at its peak, in MB."""
+    """Milliseconds of encode and decode, wall and CPU, and by how much the process grew at its peak, in MB."""
     model = load_weights(folder / "model.safetensors").to(device)
     model.update()
     x = make_picture(Path(image), (0, 0)).to(device)
     before = _peak()
-    encode_s, decode_s = [], []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        coded = coder.encode(model, x, arithmetic)
-        encode_s.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        x_hat = coder.decode(model, coded)
-        x_hat.sum().item()
-        decode_s.append(time.perf_counter() - start)
-    return {
-        "encode_ms": [1e3 * s for s in encode_s[1:]],
-        "decode_ms": [1e3 * s for s in decode_s[1:]],
-        "encode_ms_median": 1e3 * statistics.median(encode_s[1:]),
-        "decode_ms_median": 1e3 * statistics.median(decode_s[1:]),
-        "peak_mb": (_peak() - before) / 1e3,
+    walls: dict[str, list[float]] = {"encode": [], "decode": []}
+    cpus: dict[str, list[float]] = {"encode": [], "decode": []}
+    coded = coder.encode(model, x, arithmetic)
+    tasks = {
+        "encode": lambda: coder.encode(model, x, arithmetic),
+        "decode": lambda: coder.decode(model, coded).sum().item(),
     }
+    for number in range(rounds + 1):
+        for name, task in tasks.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            task()
+            if number:
+                walls[name].append(1e3 * (time.perf_counter() - wall))
+                cpus[name].append(1e3 * (time.process_time() - cpu))
+    result: dict[str, Any] = {"peak_mb": (_peak() - before) / 1e3}
+    for name in walls:
+        result |= {f"{name}_ms": walls[name], f"{name}_cpu_ms": cpus[name]}
+        result |= {f"{name}_ms_median": statistics.median(walls[name])}
+        result |= {f"{name}_cpu_ms_median": statistics.median(cpus[name])}
+    return result
 
 
 def _peak() -> int:

@@ -199,19 +199,17 @@ def decode_matrix(result: dict[str, Any]) -> str:
 
 
 def decode_costs(result: dict[str, Any]) -> str:
-    rows = [
-        (model, arithmetic, *(f"{r[key]:.0f}" for key in ("encode_ms_median", "decode_ms_median", "peak_mb")))
-        for model, both in result["costs"].items()
-        for arithmetic, r in both.items()
-    ]
+    keys = ("encode_ms_median", "decode_ms_median", "encode_cpu_ms_median", "decode_cpu_ms_median", "peak_mb")
+    rows = []
     for model, both in result["costs"].items():
-        ratios = (both["float64"][key] / both["float32"][key] for key in ("encode_ms_median", "decode_ms_median"))
+        rows += [(model, arithmetic, *(f"{r[key]:.0f}" for key in keys)) for arithmetic, r in both.items()]
+        ratios = (both["float64"][key] / both["float32"][key] for key in keys[:-1])
         rows.append((model, "float64 / float32", *(f"{ratio:.2f}x" for ratio in ratios), ""))
     text = (
         f"{result['images'][0]}, median of the rounds; MB: by how much the process grew at its peak. The load average "
-        f"of the machine was {result['environment']['load_average']:.1f}."
+        f"of the machine was {result['environment']['load_average']:.1f}, which CPU times feel less than wall times."
     )
-    titles = ("model", "arithmetic", "encode, ms", "decode, ms", "MB")
+    titles = ("model", "arithmetic", "encode, ms", "decode, ms", "encode, CPU ms", "decode, CPU ms", "MB")
     return section("What float64 arithmetic costs", result, text, table(titles, rows))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from compressai.models.base import get_scale_table
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,7 @@ from torch import Tensor
 from lalic.codec.bitstream import FLOAT32, FLOAT64, CodedImage
 from lalic.codec.coder import decode, decode_latents, encode, pad
 from lalic.errors import LalicError
-from lalic.model import LALIC, exact, published_state_dict
+from lalic.model import LALIC, depthwise, exact, published_state_dict
 from lalic.model.choices import Near, Recorder, Replay
 from lalic.model.coding import tables_of
 from lalic.model.exact import STEP, Exact, bottleneck_tables, gaussian_tables, in_float64, scale_table
@@ -283,6 +284,40 @@ class TestWeights:
             broken.latent_codec.get_parameter(part.replace("y.y1", "y.latent_codec.y1")).fill_(value)
         with pytest.raises(LalicError, match="not finite"):
             encode(broken, picture())
+
+
+class TestDepthwise:
+    """The float64 convolution of the CPU, beside torch's own."""
+
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 33, 4, 16)], ids=str)
+    @pytest.mark.parametrize("strip", [1, 300, 1 << 18])
+    def test_is_the_convolution(
+        self, shape: tuple[int, int, int, int], strip: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(depthwise, "SHIFTED_ELEMENTS", strip)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        kernel = torch.randn(shape[3], 1, 5, 5, generator=generator, dtype=torch.float64)
+        for layout in (x, x.transpose(1, 2)):
+            expected = F.conv2d(layout.permute(0, 3, 1, 2), kernel, padding=2, groups=shape[3]).permute(0, 2, 3, 1)
+            assert torch.allclose(depthwise.depthwise_conv(layout, kernel), expected, rtol=0, atol=1e-13)
+
+    def test_gradients(self) -> None:
+        x = torch.randn(1, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+        kernel = torch.randn(2, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(depthwise.depthwise_conv, (x, kernel))
+
+    def test_threads_change_no_bit(self) -> None:
+        x = torch.randn(1, 64, 64, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        kernel = torch.randn(48, 1, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            y = depthwise.depthwise_conv(x, kernel)
+            torch.set_num_threads(2)
+            assert torch.equal(depthwise.depthwise_conv(x, kernel), y)
+        finally:
+            torch.set_num_threads(before)
 
 
 class TestTables:

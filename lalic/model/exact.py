@@ -6,7 +6,7 @@
 A decoder must find every one of the encoder's tables: with another one, what follows is garbage. In float32, rounding
 moves a scale by 1e-6 from one thread count, processor or library to the next, and of the hundred thousands of a picture
 some always lie closer than that to the border between two tables. Here the same weights are used as float64 numbers,
-rounding moves scales and means by about 1e-13, and those within TOLERANCE of a border are listed in the file with the
+rounding moves scales and means by about 1e-14, and those within TOLERANCE of a border are listed in the file with the
 encoder's choice: the *exceptions* (lalic.model.choices), normally a few bytes.
 
 Means are decided too, so that y_hat is the same number everywhere: for the contexts of the groups that follow, and
@@ -40,11 +40,11 @@ STEP = 2.0**-10
 
 TOLERANCE = 2.0**-30
 """A value so close to a border is an exception; for values above 1 times the value, as float64's rounding grows with
-it. That is some thousand times the rounding that is seen even in a badly conditioned model, and still only one mean
-in 130,000 lies there. See benchmarks/decode_matrix.py."""
+it. Rounding is seen to be a hundred thousand times smaller in trained models, and still only one mean in 500,000 lies
+so close to a border. See benchmarks/decode_matrix.py."""
 
 LARGEST_MEAN = 2.0**18
-"""Beyond it the tolerance is as large as a step. Latents of trained models stay below 2^10."""
+"""Beyond it twice the tolerance would be half a step: all means would be exceptions. Trained models stay below 2^8."""
 
 CHUNK = 1 << 20
 """Elements decided at once: what that needs of memory does not grow with the picture."""
