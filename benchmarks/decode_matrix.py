@@ -11,11 +11,12 @@ products, and with the instruction sets of older processors. Of every decoded fi
 encoder, bit by bit? With float32 arithmetic as the control: how many are refused, and how many come out as other
 latents, which have the same symbols and tables, but means with float32's noise.
 
-Models: `small` and `full` are random with the statistics of trained ones (codec.py); `stress` is `small` with all
-matrices of the entropy path doubled, which takes the latents' parameters to thousands; others are bundles. The
-*largest difference* between encoder and decoder is that of a scale or mean before any decision, or with float32 that
-of a latent, in units of the value where that is above 1, as the tolerance of lalic/model/exact.py: it must be much
-smaller. Times and memory are measured apart, `--rounds N`, since they want a quiet machine.
+Models: `small` and `full` are random with the statistics of trained ones (codec.py), others are bundles. `NAME*2` has
+all matrices of its entropy path doubled, which takes a trained one's parameters from ten to thousands and its rounding
+from 1e-15 to 1e-12; `stress` is `small*2`. The *largest difference* between encoder and decoder is that of a scale or
+mean before any decision, or with float32 that of a latent, in units of the value where that is above 1, as the
+tolerance of lalic/model/exact.py: it must be much smaller. Times and memory are measured apart, `--rounds N`, since
+they want a quiet machine.
 """
 
 from __future__ import annotations
@@ -69,17 +70,15 @@ def make_models(names: Sequence[str], image: Path, folder: Path) -> list[Path]:
 
     made = []
     for name in names:
-        if name in (*MODELS, "stress"):
-            model = make_model("small" if name == "stress" else name, make_picture(image, (0, 0)))
-        else:
-            model = load_weights(name)
-        if name == "stress":
+        name, _, factor = (f"small*{STRESS}" if name == "stress" else name).partition("*")
+        model = make_model(name, make_picture(image, (0, 0))) if name in MODELS else load_weights(name)
+        if factor:
             codec = model.latent_codec
             with torch.no_grad():
                 for parameter in (*codec.hyper.h_s.parameters(), *codec.y.parameters()):
                     if parameter.ndim > 1:
-                        parameter.mul_(STRESS)
-        target = folder / Path(name).name
+                        parameter.mul_(float(factor))
+        target = folder / (Path(name).name + (f" x {float(factor):g}" if factor else ""))
         target.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().clone().contiguous() for key, value in published_state_dict(model).items()}
         save_file(state, target / "model.safetensors")

@@ -131,6 +131,10 @@ class TestRoundTrip:
     def test_costs_next_to_nothing(self, model: LALIC, coded: CodedImage) -> None:
         assert coded.num_bytes <= 1.005 * encode(model, picture(), FLOAT32).num_bytes
 
+    def test_one_picture_at_a_time(self, model: LALIC) -> None:
+        with pytest.raises(ValueError, match="one by one"):
+            model.messages(torch.rand(2, 3, 64, 64), Exact(Recorder()))
+
     def test_unknown_arithmetic(self, model: LALIC, coded: CodedImage) -> None:
         with pytest.raises(LalicError, match="no such arithmetic: 'float16'"):
             encode(model, picture(), "float16")

@@ -66,9 +66,6 @@ class Recorder:
         order = np.argsort(numbers)
         return _write(numbers[order], choices[order])
 
-    def finish(self) -> None:
-        """Nothing is left over."""
-
 
 class Replay:
     """The decoder's side: takes the choices of a list, and lets nothing pass that no encoder lists."""
