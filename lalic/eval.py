@@ -47,12 +47,13 @@ from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.evaluation.journal import ImageSums, Journal, key_of
 from lalic.evaluation.options import device_of, is_elsewhere, labels_of, parser, precision
-from lalic.evaluation.ranks import Ranks, place
+from lalic.evaluation.ranks import Ranks, place, usable_cpus
 from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
 from lalic.files import atomic_open, sha256_of, write_json
 from lalic.measure import Row, Session
 from lalic.metrics import json_ready
 from lalic.release import Weights, open_weights
+from lalic.remote import without_password
 from lalic.report import write_report
 
 log = logging.getLogger("lalic.eval")
@@ -107,8 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if not ranks.first:
         return 0
     if args.anchors:
-        jobs = len(os.sched_getaffinity(0))
-        work.curves = anchors.gather(_readable(work), args.anchors, work.dataset, jobs=jobs, progress=True)
+        work.curves = anchors.gather(_readable(work), args.anchors, work.dataset, jobs=usable_cpus(), progress=True)
         if args.result:
             write_json(args.result, _report(work))
     if args.report:
@@ -168,6 +168,8 @@ def _evaluate(weights: Weights, label: str, work: Work) -> list[Row]:
         found |= {str(i): row for i, row in theirs["rows"].items()}
         work.skipped |= theirs["skipped"]
     if not found:
+        if not work.ranks.first:
+            raise SystemExit(2)  # the first process says why
         raise LalicError(f"none of the {len(work.images)} images in {work.args.input_dir} could be read")
     # Whatever the file was called and the checkpoint was labelled when it was measured.
     order = sorted(int(i) for i in found)
@@ -264,7 +266,7 @@ def _report(work: Work) -> Row:
         "reconstructions": str(args.output_dir) if args.output_dir else None,
         "skipped": [{"file": file, "reason": reason} for file, reason in sorted(work.skipped.items())],
         "anchors": [curve.to_json() for curve in work.curves],
-        "command": shlex.join(["lalic", "eval", *work.command]),
+        "command": shlex.join(["lalic", "eval", *map(without_password, work.command)]),
         "environment": work.environment,
         "records": work.records,
     }

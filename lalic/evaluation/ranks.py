@@ -93,6 +93,11 @@ def first_host(nodes: str) -> str:
     return prefix + number + suffix
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Ranks:
     """This process among those of the evaluation; all of them call `together`, `share` and `gather` in one order."""
 
@@ -102,7 +107,7 @@ class Ranks:
         if here.size == 1:
             return
         if here.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.local_size))
+            torch.set_num_threads(max(1, usable_cpus() // here.local_size))
         where = f"tcp://{here.address}:{here.port}"
         # A launcher that has its own store at that port says so; srun has none, and the first process opens it.
         method = "env://" if os.environ.get("MASTER_PORT") else where

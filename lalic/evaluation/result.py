@@ -13,6 +13,7 @@ import torch
 from lalic.measure import Row, gap_percent
 from lalic.metrics import finite_mean
 from lalic.release import Weights, versions
+from lalic.remote import without_password
 
 AVERAGED = ("bpp", "bpp-estimated", "psnr", "psnr-unrounded", "ms-ssim", "ms-ssim-db")
 TIMES = ("enc_time", "dec_time", "forward_time")
@@ -85,7 +86,7 @@ def describe_weights(weights: Weights, label: str, path: str) -> Row:
     """What the result file says about one checkpoint."""
     return {
         "quality": label,
-        "checkpoint": path,
+        "checkpoint": without_password(path),
         "name": weights.name,
         "step": weights.step,
         "loss": weights.loss or None,
