@@ -26,6 +26,7 @@ from lalic.files import cache_folder, sha256_of
 from lalic.model import fingerprint
 from lalic.release import open_weights, write_bundle
 from lalic.remote import Patience
+from lalic.training.inputs import new_model
 
 NAME = "lalic-mse-q3"
 HASTE = Patience(attempts=3, first_delay=0.01, most_delay=0.02, silence=10.0)
@@ -416,6 +417,13 @@ class TestNames:
             with pytest.raises(LalicError):
                 cli.main(["compress", str(tmp_path / "a.png"), str(tmp_path / "c.lalic"), "--weights", place])
             assert not (tmp_path / "c.lalic").exists()
+
+    def test_a_run_starts_from_them(self, url: str) -> None:
+        model = tiny_model()
+        config = SimpleNamespace(
+            train=SimpleNamespace(init_from=url), model=SimpleNamespace(arguments=lambda: model.config)
+        )
+        assert fingerprint(new_model(config)) == fingerprint(model)  # type: ignore[arg-type]
 
     def test_lalic_load(self, url: str) -> None:
         model = load(url)
