@@ -42,7 +42,7 @@ from lalic.release_files import (
 
 GAP_PERCENT = 25.0
 """Real rate against the estimated one, above which the entropy coder and the model do not fit each other. Trained
-weights reach a few percent; those that are hardly trained code much by escape codes, which the likelihoods do not know."""
+weights reach a few percent; those that are hardly trained code much by escape codes, unknown to the likelihoods."""
 _GAP_BYTES = 128
 """The strings' ends, which weigh more in a small picture."""
 
