@@ -195,7 +195,8 @@ class TrainSection:
     """Learning rate of the entropy bottleneck's quantiles."""
 
     init_from: str | None = field(default=None, metadata=_MAY_CHANGE)
-    """Weights to start a new run from: a .pth or .safetensors file, a release bundle, a run or a checkpoint."""
+    """Weights to start a new run from: a .pth or .safetensors file, a release bundle (path, name or URL), a run or a
+    checkpoint."""
 
     ema: float | None = field(default=None, metadata=_MAY_CHANGE)
     """Decay of an exponential moving average of the weights, such as 0.999, which is then what is validated and

@@ -17,6 +17,7 @@ from lalic.data.loader import eligible_samples
 from lalic.data.reader import Reader
 from lalic.data.source import open_shards
 from lalic.errors import LalicError
+from lalic.fetch import resolve
 from lalic.model import LALIC, load_weights
 from lalic.remote import without_password
 from lalic.training import checkpoint
@@ -75,7 +76,7 @@ def new_model(config: RunConfig) -> LALIC:
     """The model of a new run: fresh weights, or those of `train.init_from`."""
     if config.train.init_from is None:
         return LALIC(**config.model.arguments())
-    source = Path(config.train.init_from)
+    source = resolve(config.train.init_from)
     if (source / checkpoint.FOLDER).is_dir():
         source = checkpoint.find_checkpoint(source)
     found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
