@@ -17,7 +17,8 @@ from compressai.models.base import SimpleVAECompressionModel, get_scale_table
 from torch import Tensor
 
 from lalic.codec.bitstream import FLOAT32, FLOAT64
-from lalic.codec.coder import decode, encode, longest_string, overrun
+from lalic.codec.coder import decode, encode
+from lalic.codec.strings import longest_string, overrun
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.model.coding import MAX_SYMBOL, Tables, half_of, indexes_of, tables_of

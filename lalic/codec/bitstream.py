@@ -47,8 +47,9 @@ class CodedImage:
 
     Attributes:
         width, height: size of the picture itself.
-        strings: in CompressAI's order, two for each channel group of y, then z.
-        checks: one byte for each string, in the order of coding (z first).
+        strings: with FLOAT64 one. With FLOAT32 one for each message, in CompressAI's order: two for each channel
+            group of y, then z.
+        checks: one byte for each message, in the order of coding (z first).
         checksum: CRC-32 over all tables, indexes and symbols.
         arithmetic: of the entropy path, FLOAT32 or FLOAT64.
         exceptions: the encoder's choices where two machines could choose differently; opaque here.
@@ -110,13 +111,15 @@ def pack(image: CodedImage, fingerprint: str, label: int, threads: int) -> bytes
     """The bytes of a `.lalic` file; `fingerprint` is the model's hexadecimal one, `threads` is ignored in FLOAT64."""
     check_size(image.width, image.height, "the picture")
     exact = image.arithmetic == FLOAT64
-    if not 1 <= len(image.strings) == len(image.checks) <= 255 or (image.exceptions and not exact):
-        raise ValueError("one to 255 strings, a check byte for each, and exceptions in float64 only")
+    if not 1 <= len(image.checks) <= 255 or len(image.strings) != (1 if exact else len(image.checks)):
+        raise ValueError("one to 255 check bytes, and a string for each, or one with float64")
+    if image.exceptions and not exact:
+        raise ValueError("exceptions belong to float64")
     flags = (image.colour == GRAY) * _GRAY | bool(image.alpha) * _ALPHA | exact * _FLOAT64 | (BIT_DEPTH - 1) << 4
     parts = [_FIXED.pack(MAGIC, VERSION, flags, label, bytes.fromhex(fingerprint)[:_FINGERPRINT_BYTES])]
     if not exact:
         parts.append(bytes([threads]))
-    parts += [_varint(image.width), _varint(image.height), bytes([len(image.strings)])]
+    parts += [_varint(image.width), _varint(image.height), bytes([len(image.checks)])]
     for string in image.strings:
         if len(string) % 4:
             raise LalicError("only strings of CompressAI's rANS coder (`ans`) can be stored in a .lalic file")
@@ -200,7 +203,7 @@ class _Header:
             or self.label & 7 == 7
             or self.label == 8
             or not (exact or 1 <= self.threads <= MAX_THREADS)
-            or not self.lengths
+            or not self.checks
             or bool(self.flags & _ALPHA) != bool(self.alpha)
         ):
             raise _invalid(name, "its header holds values that no encoder writes")
@@ -229,10 +232,11 @@ def _parse_header(data: bytes, name: str) -> _Header:
     _, _, flags, label, fingerprint = _FIXED.unpack(reader.take(_FIXED.size))
     threads = 0 if flags & _FLOAT64 else reader.byte()
     width, height = reader.varint(), reader.varint()
-    lengths = tuple(reader.varint() * 4 for _ in range(reader.byte()))
+    messages = reader.byte()
+    lengths = tuple(reader.varint() * 4 for _ in range(1 if flags & _FLOAT64 else messages))
     exceptions = reader.varint() if flags & _FLOAT64 else 0
     alpha = reader.varint() if flags & _ALPHA else 0
-    checks = reader.take(len(lengths))
+    checks = reader.take(messages)
     (checksum,) = struct.unpack("<I", reader.take(4))
     reader.check_crc(0, "header")
     values = (flags, label, fingerprint, threads, width, height, lengths, exceptions, alpha, checks, checksum)

@@ -111,13 +111,14 @@ def info(source: Path) -> int:
     image = parsed.image
     threads = f", {parsed.threads} threads" if parsed.threads else ""
     channels = ("gray" if image.colour == bitstream.GRAY else "RGB") + (" with alpha" if image.alpha else "")
-    sizes = [len(s) for s in image.strings]
     print(f"{source}: LALIC picture, format version {bitstream.VERSION}, checksums good")
     print(f"size:       {image.width} x {image.height}, {bitstream.BIT_DEPTH}-bit {channels}")
     print(f"model:      {parsed.model_name}")
     print(f"bytes:      {size} = {_parts(image, size)}")
     print(f"rate:       {size * 8 / (image.height * image.width):.4f} bpp")
-    print(f"strings:    {len(sizes)}: y {' '.join(map(str, sizes[:-1]))}, z {sizes[-1]}")
+    if image.arithmetic == bitstream.FLOAT32:
+        *y, z = (len(string) for string in image.strings)
+        print(f"strings:    y {' '.join(map(str, y))}, z {z}")
     print(f"arithmetic: {image.arithmetic}{threads}")
     return 0
 

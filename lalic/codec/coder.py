@@ -6,20 +6,20 @@ sees, indexes say which table (which scale) codes each of them.
 A learned codec's decoder must compute exactly the encoder's tables: a different rounding of one scale by
 another processor, thread count or library version, and everything after it is garbage. There are two arithmetics:
 
-FLOAT64   the entropy path in float64 with listed exceptions (lalic.model.exact): every machine decodes the same
-          latents. What `lalic compress` writes.
-FLOAT32   the network as it is, and CompressAI's strings: decoded by the same kind of machine with the same
-          libraries and thread count, or refused.
+FLOAT64   the entropy path in float64 with listed exceptions (lalic.model.exact), all messages in one string: every
+          machine decodes the same latents. What `lalic compress` writes.
+FLOAT32   the network as it is, and CompressAI's strings, one for each message: decoded by the same kind of machine
+          with the same libraries and thread count, or refused.
 
 In both, a decoder that went astray is noticed at once: both sides run one SHA-256 over what determines the decoding.
-The encoder stores the first byte of its digest as it stands *before* each string's symbols, and the first four at the
-end; the decoder compares each byte before it decodes the string, and the four before it paints. A CRC would notice
+The encoder stores the first byte of its digest as it stands *before* each message's symbols, and the first four at the
+end; the decoder compares each byte before it decodes the message, and the four before it paints. A CRC would notice
 another machine as well, but it is linear: who edits a header could repair it without running the model. What is hashed
 (integers as little-endian int32, elements in the order of channels, rows, columns):
 
     once         the text "ARITHMETIC COLOUR WIDTHxHEIGHT E A\n" in ASCII, E and A being the bytes of the exceptions
                  and of the alpha channel as coded; the exceptions; the alpha channel
-    each string, the tables' digest (CRC-32 of the tables: rows padded to the longest, lengths, offsets), 4 bytes;
+    each message, the tables' digest (CRC-32 of the tables: rows padded to the longest, lengths, offsets), 4 bytes;
     z first      the index of each element's table; in FLOAT64, but for z, each mean as a multiple of STEP;
                  here stands the check byte; the symbols
 
@@ -39,6 +39,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lalic.codec.bitstream import FLOAT32, FLOAT64, CodedImage
+from lalic.codec.strings import OneString, OpenedString, OpenedStrings, SeparateStrings
 from lalic.errors import LalicError
 from lalic.metrics import to_rgb8, to_tensor
 from lalic.model import LALIC
@@ -89,14 +90,13 @@ def encode(
     exact = Exact(recorder) if _known(arithmetic) == FLOAT64 else None
     messages, _, _ = model.messages(pad(x), exact)
     empty = CodedImage(width, height, (), b"", 0, arithmetic, recorder.listed(), colour, alpha)
-    running, checks, strings = _Running(empty), bytearray(), []
+    running, checks, strings = _Running(empty), bytearray(), OneString() if exact else SeparateStrings()
     for message in messages:
         ((indexes, symbols),) = message.rows()
         checks.append(running.before(message.tables, indexes, message.parameters))
-        strings.append(message.tables.encode(symbols, indexes))
+        strings.add(message.tables, symbols, indexes)
         running.after(symbols)
-    z, *y = strings
-    return replace(empty, strings=(*y, z), checks=bytes(checks), checksum=running.checksum)
+    return replace(empty, strings=strings.done(), checks=bytes(checks), checksum=running.checksum)
 
 
 def decode(model: LALIC, image: CodedImage) -> Tensor:
@@ -107,17 +107,15 @@ def decode(model: LALIC, image: CodedImage) -> Tensor:
 def decode_latents(model: LALIC, image: CodedImage) -> Tensor:
     """y_hat (1, M, 4 rows, 4 columns), checked; with FLOAT64 in float64 and the same numbers on every machine."""
     counts = symbol_counts(model, image.height, image.width)
-    if len(image.strings) != len(counts):
+    if len(image.checks) != len(counts):
         raise LalicError(
-            f"the file holds {len(image.strings)} strings, but the model codes {len(counts)}: another model"
+            f"the file holds {len(image.checks)} messages, but the model codes {len(counts)}: another model"
         )
-    if any(len(s) > longest_string(n) for s, n in zip(image.strings, counts, strict=True)):
-        raise LalicError("the file's strings are damaged: longer than any that codes so many symbols")
     if _known(image.arithmetic) == FLOAT32 and image.exceptions:
         raise LalicError("the file is damaged: it lists exceptions, which its arithmetic does not know")
     choices = Replay(image.exceptions, sum(counts[:-1]))
     exact = Exact(choices) if image.arithmetic == FLOAT64 else None
-    reader = _Reader(image)
+    reader = _Reader(image, counts)
     y_hat = model.latents(1, latent_shapes(model, image.height, image.width)["hyper"], reader.read, exact)
     choices.finish()
     if reader.running.checksum != image.checksum:
@@ -139,16 +137,11 @@ def latent_shapes(model: LALIC, height: int, width: int) -> dict[str, Any]:
 
 
 def symbol_counts(model: LALIC, height: int, width: int) -> list[int]:
-    """Number of symbols in each string, in CompressAI's order."""
+    """Number of symbols in each message, in CompressAI's order: those of y, then z."""
     shapes = latent_shapes(model, height, width)
     halves = [c * h * w // 2 for c, h, w in shapes["y"] for _ in range(2)]
     rows, columns = shapes["hyper"]
     return [*halves, model.config["dims"][5] * rows * columns]
-
-
-def longest_string(symbols: int) -> int:
-    """Bytes that no string of `symbols` symbols exceeds: an escaped one takes six, and the coder ends with eight."""
-    return 8 * symbols + 8
 
 
 class _Running:
@@ -166,7 +159,7 @@ class _Running:
         return int.from_bytes(self._digest.digest()[:4], "little")
 
     def before(self, tables: Tables, indexes: Symbols, parameters: Parameters) -> int:
-        """Take in what decodes the next string; its check byte."""
+        """Take in what decodes the next message; its check byte."""
         self._digest.update(tables.digest)
         self._digest.update(indexes.astype("<i4").tobytes())
         if parameters.steps is not None:
@@ -174,42 +167,31 @@ class _Running:
         return self._digest.digest()[0]
 
     def after(self, symbols: Symbols) -> None:
-        """Take in the symbols of the string."""
+        """Take in the symbols of the message."""
         self._digest.update(symbols.astype("<i4").tobytes())
 
 
 class _Reader:
-    """Decodes the strings of one picture, in the order of coding, each only after its check byte fits."""
+    """Decodes the messages of one picture, in the order of coding, each only after its check byte fits."""
 
-    def __init__(self, image: CodedImage):
-        *y, z = image.strings
-        self.image, self.strings = image, [z, *y]
+    def __init__(self, image: CodedImage, counts: list[int]):
+        one = image.arithmetic == FLOAT64
+        self.image = image
+        self.strings = OpenedString(image.strings, counts) if one else OpenedStrings(image.strings, counts)
         self.running = _Running(image)
         self.done = 0
 
     def read(self, tables: Tables, parameters: Parameters) -> Symbols:
-        """(1, n) symbols of the next string."""
+        """(1, n) symbols of the next message."""
         (indexes,) = flat(parameters.indexes)
         check = self.running.before(tables, indexes, parameters)
         checks = self.image.checks
-        if self.done >= len(checks) or check != checks[self.done]:
-            raise _astray(self.image, f"string {self.done + 1} of {len(checks)}")
-        string = self.strings[self.done]
-        if tables.name == "ans":
-            string += bytes(overrun(len(string), indexes.size))
+        if check != checks[self.done]:
+            raise _astray(self.image, f"message {self.done + 1} of {len(checks)}")
         self.done += 1
-        symbols = tables.decode(string, indexes)
+        symbols = self.strings.next(tables, indexes)
         self.running.after(symbols)
         return symbols[None]
-
-
-def overrun(size: int, symbols: int) -> int:
-    """Bytes of zeros to put behind a string: the rANS decoder knows no end and reads on where it comes too early.
-
-    A symbol takes two bytes at most. An escape code tells its length in nibbles, of which each nibble 15 in the
-    string announces 15 more: a hostile string of `size` bytes makes the decoder read 15 times as many.
-    """
-    return 15 * size + 4 * symbols + 4096
 
 
 def _astray(image: CodedImage, where: str) -> LalicError:

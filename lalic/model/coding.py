@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyModel, GaussianConditional
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -70,22 +71,37 @@ class Tables:
 
     def encode(self, symbols: Symbols, indexes: Symbols) -> bytes:
         """The string of `symbols` (n,), each coded by the table of its index; LalicError when one cannot be."""
-        if not _in_range(symbols):
-            raise LalicError("the model's latents cannot be coded: they are not finite, its training diverged")
-        return self._coder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *self._up_to(indexes))
+        return self._coder.encode_with_indexes(_codable(symbols), indexes.tolist(), *self._up_to(indexes))
 
     def decode(self, string: bytes, indexes: Symbols) -> Symbols:
         """Inverse of `encode`; LalicError when the string holds what no encoder writes."""
-        symbols = self._coder.decode_with_indexes(string, indexes.tolist(), *self._up_to(indexes))
-        values = np.array(symbols, dtype=np.int32)
-        if not _in_range(values):
-            raise LalicError("the file's strings are damaged: they decode to impossible values")
-        return values
+        return _possible(self._coder.decode_with_indexes(string, indexes.tolist(), *self._up_to(indexes)))
+
+    def push(self, encoder: BufferedRansEncoder, symbols: Symbols, indexes: Symbols) -> None:
+        """`encode` into a string that several messages share."""
+        encoder.encode_with_indexes(_codable(symbols), indexes.tolist(), *self._up_to(indexes))
+
+    def pull(self, decoder: RansDecoder, indexes: Symbols) -> Symbols:
+        """Inverse of `push`: the messages are pulled in the order in which they were pushed."""
+        return _possible(decoder.decode_stream(indexes.tolist(), *self._up_to(indexes)))
 
     def _up_to(self, indexes: Symbols) -> tuple[list[list[int]], list[int], list[int]]:
         """Tables without those behind the last one used: the coder copies all it is given, and wide ones are rare."""
         count = int(indexes.max()) + 1
         return self._rows[:count], self._lengths[:count], self._offsets[:count]
+
+
+def _codable(symbols: Symbols) -> list[int]:
+    if not _in_range(symbols):
+        raise LalicError("the model's latents cannot be coded: they are not finite, its training diverged")
+    return symbols.tolist()
+
+
+def _possible(symbols: list[int]) -> Symbols:
+    values = np.array(symbols, dtype=np.int32)
+    if not _in_range(values):
+        raise LalicError("the file's strings are damaged: they decode to impossible values")
+    return values
 
 
 def _in_range(symbols: Symbols) -> bool:
