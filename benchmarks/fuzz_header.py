@@ -43,14 +43,16 @@ def make_parse() -> tuple[Callable[[bytes], None], list[bytes]]:
             return
         image = parsed.image
         assert 1 <= image.width * image.height <= MAX_PIXELS and image.num_bytes + len(image.alpha) < len(data)
-        assert len(image.strings) == len(image.checks) and parsed.model_name
+        exact = image.arithmetic == bitstream.FLOAT64
+        assert image.checks and len(image.strings) == (1 if exact else len(image.checks)) and parsed.model_name
         assert bitstream.pack(image, parsed.fingerprint.hex(), parsed.label, parsed.threads) == data
 
     words = tuple(bytes([i]) * 4 * i for i in range(1, 11))
     seeds = []
     for arithmetic, exceptions in ((bitstream.FLOAT32, b""), (bitstream.FLOAT64, b"\1\2"), (bitstream.FLOAT64, b"")):
+        strings = words if arithmetic == bitstream.FLOAT32 else (b"".join(words),)
         for colour, alpha in ((bitstream.RGB, b""), (bitstream.GRAY, b"alpha")):
-            image = bitstream.CodedImage(300, 7, words, bytes(10), 5, arithmetic, exceptions, colour, alpha)
+            image = bitstream.CodedImage(300, 7, strings, bytes(10), 5, arithmetic, exceptions, colour, alpha)
             seeds.append(bitstream.pack(image, "ab" * 8, 3, 1))
     return parse, seeds
 

@@ -45,7 +45,7 @@ class Fields:
         if not self.flags & 4:
             parts.append(bytes([self.threads]))
         parts += [varint(self.width), varint(self.height)]
-        parts.append(bytes([self.told.get("count", len(self.strings)) & 0xFF]))
+        parts.append(bytes([self.told.get("count", len(self.checks)) & 0xFF]))
         for i, string in enumerate(self.strings):
             parts.append(varint(self.told.get(f"length {i}", len(string) // 4)))
         if self.flags & 4:
@@ -224,7 +224,8 @@ def strings(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
         f.strings[k] = new[: len(new) // 4 * 4]
     if rng.random() < 0.05:
         f.strings = f.strings[:-1] if rng.random() < 0.5 else [*f.strings, b""]
-        f.checks = f.checks[: len(f.strings)].ljust(len(f.strings), b"\0")
+        messages = len(f.checks) + int(rng.choice([-1, 1]))
+        f.checks = f.checks[:messages].ljust(messages, b"\0")
     return f.build()
 
 

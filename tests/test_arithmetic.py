@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lalic.errors import LalicError
 from lalic.model import LALIC, depthwise, exact, published_state_dict
 from lalic.model.choices import Near, Recorder, Replay
 from lalic.model.coding import tables_of
-from lalic.model.exact import STEP, Exact, bottleneck_tables, gaussian_tables, in_float64, scale_table
+from lalic.model.exact import STEP, Exact, bottleneck_tables, gaussian_tables, in_float64, scale_borders, scale_table
 
 SIZES = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (1, 7, 8, 16)}
 GOLDEN = Path(__file__).with_name("float64_golden.json")
@@ -161,7 +162,10 @@ def test_decisions_are_those_of_the_whole_model_in_float64(model: LALIC) -> None
                 context = group.context_prediction(own * anchors) * half
                 scales, means = group.entropy_parameters(torch.cat([context, *known, side], 1)).chunk(2, 1)
                 parameters = next(remaining).parameters
-                expected = group.y.gaussian_conditional.build_indexes(scales)[..., mask]
+                table = np.array(scale_table())
+                # The nearest on a logarithmic scale.
+                distances = np.abs(np.log(table) - np.log(scales[..., mask].clamp_min(1e-9).numpy())[..., None])
+                expected = torch.from_numpy(distances.argmin(-1))
                 assert torch.equal(parameters.indexes.flatten(), expected.flatten())
                 assert parameters.steps is not None
                 assert torch.equal(parameters.steps.flatten(), (means[..., mask] / STEP).round().int().flatten())
@@ -350,6 +354,10 @@ class TestTables:
         assert np.allclose(scale_table(), get_scale_table().numpy(), rtol=1e-5, atol=0)
         assert all(scale * 2**20 == int(scale * 2**20) for scale in scale_table())
 
+    def test_borders_lie_between_two_scales_in_equal_ratios(self) -> None:
+        for low, border, high in zip(scale_table()[:-1], scale_borders(), scale_table()[1:], strict=True):
+            assert abs(Fraction(border) ** 2 / (Fraction(low) * Fraction(high)) - 1) < Fraction(1, 2**51)
+
     def test_gaussians_never_change(self) -> None:
         """They are part of the format: a file's strings are decoded with them for ever."""
         assert gaussian_tables("ans").digest.hex() == "972ca17f"
@@ -499,10 +507,11 @@ def plain_bytes(events: list[tuple[int, int]]) -> bytes:
 
 def decode_without_checks(model: LALIC, image: CodedImage, choices: Replay) -> Tensor:
     """What coder.decode does, with that list in place of the file's; the strings' checks know the file's list."""
-    from lalic.codec.coder import _Reader, latent_shapes
+    from lalic.codec.coder import _Reader, latent_shapes, symbol_counts
 
     grid = latent_shapes(model, image.height, image.width)["hyper"]
-    y_hat = model.latents(1, grid, _Reader(image).read, Exact(choices))
+    counts = symbol_counts(model, image.height, image.width)
+    y_hat = model.latents(1, grid, _Reader(image, counts).read, Exact(choices))
     choices.finish()
     return y_hat
 

@@ -17,13 +17,14 @@ from lalic.errors import LalicError
 FINGERPRINT = "0123456789abcdef" * 4
 STRINGS = tuple(bytes([i]) * (4 * i) for i in range(1, 12))
 PLAIN = CodedImage(768, 512, STRINGS, bytes(range(11)), 0xDEADBEEF)
+EXACT = replace(PLAIN, arithmetic="float64", strings=(b"".join(STRINGS),))
 IMAGES = {
     "float32": PLAIN,
-    "float64": replace(PLAIN, arithmetic="float64"),
-    "exceptions": replace(PLAIN, arithmetic="float64", exceptions=b"\1\2\3"),
+    "float64": EXACT,
+    "exceptions": replace(EXACT, exceptions=b"\1\2\3"),
     "gray": replace(PLAIN, colour="gray"),
     "alpha": replace(PLAIN, alpha=b"\0alpha"),
-    "all": replace(PLAIN, arithmetic="float64", exceptions=b"\1\2\3", colour="gray", alpha=b"\0alpha"),
+    "all": replace(EXACT, exceptions=b"\1\2\3", colour="gray", alpha=b"\0alpha"),
 }
 every_image = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 
@@ -47,7 +48,7 @@ class PlainReader:
         self.threads = None if self.float64 else self.take(1)[0]
         self.width, self.height = self.varint(), self.varint()
         (n,) = self.take(1)
-        lengths = [4 * self.varint() for _ in range(n)]
+        lengths = [4 * self.varint() for _ in range(1 if self.float64 else n)]
         exceptions = self.varint() if self.float64 else 0
         alpha_bytes = self.varint() if alpha else 0
         self.checks = self.take(n)
@@ -94,7 +95,7 @@ class TestRoundTrip:
     def test_a_second_reader_finds_the_same(self, image: CodedImage) -> None:
         read = PlainReader(pack(image))
         assert (read.width, read.height, read.gray) == (768, 512, image.colour == "gray")
-        assert tuple(read.strings) == STRINGS and read.checks == image.checks and read.checksum == 0xDEADBEEF
+        assert tuple(read.strings) == image.strings and read.checks == image.checks and read.checksum == 0xDEADBEEF
         assert (read.exceptions, read.alpha) == (image.exceptions, image.alpha)
         assert (read.quality, read.metric, read.fingerprint) == (3, "mse", FINGERPRINT[:16])
         assert read.float64 == (image.arithmetic == "float64")
@@ -105,7 +106,7 @@ class TestRoundTrip:
         flags = 0x70 | (image.colour == "gray") | bool(image.alpha) << 1 | (image.arithmetic == "float64") << 2
         header = b"\x8bLAL\2" + bytes([flags, 3]) + bytes.fromhex(FINGERPRINT[:16])
         header += b"" if flags & 4 else b"\2"
-        header += b"\x80\x06" + b"\x80\x04" + b"\x0b" + bytes(range(1, 12))
+        header += b"\x80\x06" + b"\x80\x04" + b"\x0b" + (b"\x42" if flags & 4 else bytes(range(1, 12)))
         header += (bytes([len(image.exceptions)]) if flags & 4 else b"") + (b"\6" if flags & 2 else b"")
         header += bytes(range(11)) + b"\xef\xbe\xad\xde"
         sections = [header, b"".join(STRINGS), *(s for s in (image.exceptions, image.alpha) if s)]
@@ -115,6 +116,7 @@ class TestRoundTrip:
         width=st.integers(1, 65535),
         height=st.integers(1, 1024),
         words=st.lists(st.integers(0, 300), min_size=1, max_size=40),
+        messages=st.integers(1, 255),
         checksum=st.integers(0, 2**32 - 1),
         label=st.sampled_from([0, *range(1, 7), *range(9, 15)]),
         threads=st.integers(1, 64),
@@ -128,6 +130,7 @@ class TestRoundTrip:
         width: int,
         height: int,
         words: list[int],
+        messages: int,
         checksum: int,
         label: int,
         threads: int,
@@ -136,12 +139,11 @@ class TestRoundTrip:
         colour: str,
         alpha: bytes,
     ) -> None:
-        strings = tuple(bytes([i % 256]) * (4 * n) for i, n in enumerate(words))
         exact = arithmetic == "float64"
+        strings = tuple(bytes([i % 256]) * (4 * n) for i, n in enumerate(words[:1] if exact else words))
         listed = exceptions if exact else b""
-        image = CodedImage(
-            width, height, strings, bytes(range(len(words))), checksum, arithmetic, listed, colour, alpha
-        )
+        checks = bytes(range(messages if exact else len(words)))
+        image = CodedImage(width, height, strings, checks, checksum, arithmetic, listed, colour, alpha)
         data = bitstream.pack(image, "ab" * 32, label, threads)
         parsed = bitstream.parse(data, "x")
         assert parsed == bitstream.LalicFile(image, b"\xab" * 8, label, 0 if exact else threads)
@@ -154,11 +156,12 @@ class TestRoundTrip:
         assert PlainReader(pack(image)).width == side
 
     def test_the_header_of_a_photograph(self) -> None:
-        """Eleven strings of some kilobytes, as a Kodak picture has them."""
+        """Eleven messages in some ten kilobytes, as a Kodak picture has them."""
+        image = replace(EXACT, strings=(bytes(36000),))
+        assert PlainReader(pack(image)).header_bytes == 42
+        assert len(pack(image)) - image.num_bytes == 46
         strings = tuple(bytes(4 * (130 + 137 * i)) for i in range(11))
-        image = replace(PLAIN, strings=strings, arithmetic="float64", exceptions=b"\1\2\3")
-        assert PlainReader(pack(image)).header_bytes == 62
-        assert len(pack(image)) - image.num_bytes == 70
+        assert PlainReader(pack(replace(PLAIN, strings=strings))).header_bytes == 62
 
     def test_rate_counts_what_decodes_the_picture(self) -> None:
         assert IMAGES["all"].num_bytes == sum(map(len, STRINGS)) + 3
@@ -337,5 +340,9 @@ class TestPacking:
         "wrong", [{"strings": (), "checks": b""}, {"checks": b"\0"}, {"exceptions": b"\1"}], ids=str
     )
     def test_what_no_reader_would_take(self, wrong: dict[str, object]) -> None:
-        with pytest.raises(ValueError, match="strings"):
+        with pytest.raises(ValueError, match=r"check bytes|exceptions"):
             pack(replace(PLAIN, **wrong))
+
+    def test_float64_has_one_string(self) -> None:
+        with pytest.raises(ValueError, match="or one with float64"):
+            pack(replace(EXACT, strings=STRINGS))

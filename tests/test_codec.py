@@ -233,9 +233,12 @@ class TestHostile:
         assert np.array_equal(decoded, decode_image(model, coded))
 
     def test_swapped_strings(self, model: LALIC, coded: CodedImage) -> None:
-        strings = (coded.strings[1], coded.strings[0], *coded.strings[2:])
+        first, *others = coded.strings if len(coded.strings) > 1 else (coded.strings[0][:40], coded.strings[0][40:])
         with pytest.raises(LalicError):
-            decode_image(model, replace(coded, strings=strings))
+            decode_image(model, replace(coded, strings=(others[0], first, *others[1:])))
+        if len(coded.strings) == 1:
+            with pytest.raises(LalicError):
+                decode_image(model, replace(coded, strings=(others[0] + first,)))
 
     @pytest.mark.parametrize(
         "change", [{"width": 200}, {"width": 71}, {"height": 41}, {"width": 40, "height": 70}], ids=str
@@ -250,7 +253,7 @@ class TestHostile:
         with pytest.raises(LalicError):
             decode_image(model, replace(coded, arithmetic=other))
 
-    @pytest.mark.parametrize("size", [4096, 40_000_000])
+    @pytest.mark.parametrize("size", [40_000, 40_000_000])
     def test_strings_longer_than_any_encoder_writes(self, model: LALIC, coded: CodedImage, size: int) -> None:
         """A long string of escape codes would make the entropy decoder read beyond all memory of the process."""
         for i in range(len(coded.strings)):
@@ -259,8 +262,10 @@ class TestHostile:
                 decode_image(model, replace(coded, strings=tuple(strings)))
 
     def test_too_few_strings(self, model: LALIC, coded: CodedImage) -> None:
-        with pytest.raises(LalicError, match="another model"):
+        with pytest.raises(LalicError, match=r"another model|float64 files hold one"):
             decode_image(model, replace(coded, strings=coded.strings[2:]))
+        with pytest.raises(LalicError, match="another model"):
+            decode_image(model, replace(coded, checks=coded.checks[2:]))
 
 
 class TestDesynchronisation:

@@ -17,8 +17,8 @@ from tiny_codec import tiny_model
 from benchmarks import fuzz_codec, fuzz_header, fuzz_mutations
 from benchmarks import tables as tables_of_results
 from lalic.codec import bitstream
-from lalic.codec.strings import longest_string, overrun
 from lalic.codec.pictures import Picture
+from lalic.codec.strings import longest_string, overrun
 from lalic.errors import LalicError
 
 
