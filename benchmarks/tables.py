@@ -223,7 +223,10 @@ def codec_memory(result: dict[str, Any]) -> str:
         peaks = [f"{r[f'{task}_peak_mib']:.0f}" for task in ("encode", "decode")]
         seconds = [f"{r[f'{task}_s']:.0f} ({r[f'{task}_cpu_s']:.0f})" for task in ("encode", "decode")]
         apart = (
-            [f"{r['y_largest_difference'] / r['y_rms']:.0e}", f"{r['x_hat_largest_difference']:.0e}"]
+            [
+                f"{r['y_largest_difference'] / r['y_rms']:.0e}",
+                f"{r['x_hat_largest_difference']:.0e}" if "x_hat_largest_difference" in r else "",
+            ]
             if "y_rms" in r
             else ["", ""]
         )
