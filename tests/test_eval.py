@@ -273,10 +273,11 @@ class TestEstimate:
         assert results["bpp-estimated"] == estimate["results"]["bpp"][0]
         gap = 100 * (results["bpp"] / results["bpp-estimated"] - 1)
         assert results["bpp-gap-percent"] == pytest.approx(gap, abs=1e-4)
-        # Nine strings end in up to 8 bytes of coder state each; the rest of the gap is the tables' precision.
+        # A string ends in up to 8 bytes of coder state. The rest of the gap is the tables' precision: a scale is up to
+        # 6 % off, which is a gain where the weights are random and nearly all symbols zero, as here.
         for record in report["records"]:
             estimated = record["bpp-estimated"] * record["width"] * record["height"] / 8
-            assert 0.98 * estimated < record["bytes"] < 1.05 * estimated + 9 * 8
+            assert 0.93 * estimated < record["bytes"] < 1.05 * estimated + 8
 
     def test_arithmetic_of_files(self, checkpoints: list[Path], images: Path, tmp_path: Path) -> None:
         report = evaluate(checkpoints[:1], images, tmp_path, "--real")
@@ -287,7 +288,9 @@ class TestEstimate:
             assert record["bytes"] == sum(len(s) for s in coded.strings) + len(coded.exceptions)
         other = evaluate(checkpoints[:1], images, tmp_path, "--real", *FLOAT32)
         assert other["arithmetic"] == "float32"
-        assert other["results"]["bpp"][0] == pytest.approx(report["results"]["bpp"][0], rel=0.02)
+        # Eight more strings, each with the coder's state at its end, and tables that are up to 6 % off.
+        for a, b in zip(report["records"], other["records"], strict=True):
+            assert 0.93 * a["bytes"] < b["bytes"] < 1.07 * a["bytes"] + 8 * 8
 
     def test_half_precision(self, checkpoints: list[Path], images: Path, tmp_path: Path) -> None:
         full = evaluate(checkpoints[:1], images, tmp_path, "--real")
