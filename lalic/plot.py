@@ -98,6 +98,12 @@ def plot_rd(
     _write(path, buffer)
 
 
+def colour(index: int) -> int:
+    """Which colour a curve has. When all are used up the first two, those of what the picture is about, stay theirs."""
+    count = len(_COLOURS)
+    return index if index < count else count - 1 - (index - count) % (count - 2)
+
+
 def _panel(axes: Any, curves: Sequence[Curve], focus: Sequence[Curve], metric: str) -> None:
     # By its label, so that a curve looks the same in every panel.
     order = list(dict.fromkeys(curve.label for curve in curves))
@@ -110,7 +116,7 @@ def _panel(axes: Any, curves: Sequence[Curve], focus: Sequence[Curve], metric: s
         strong, line = curve in focus, len(points) > 1
         axes.plot(
             *zip(*points, strict=True),
-            color=_COLOURS[i % len(_COLOURS)],
+            color=_COLOURS[colour(i)],
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=(4.5 if strong else 3) if line else 6,
             markeredgewidth=0,

@@ -13,7 +13,8 @@ from PIL import Image
 
 from lalic.curve import Curve
 from lalic.errors import LalicError
-from lalic.plot import main, plot_rd, side_by_side, window
+from lalic.plot import colour, main, plot_rd, side_by_side, window
+from lalic.report.chart import Series, marker
 from lalic.results import read_curve
 
 Picture = NDArray[np.uint8]
@@ -55,6 +56,15 @@ class TestPlotRD:
         plot_rd([LINE], tmp_path / "two.png", "t", ["psnr", "ms-ssim-db"])
         one, two = (Image.open(tmp_path / f"{name}.png").width for name in ("one", "two"))
         assert two == 2 * one
+
+    def test_no_two_of_nine_curves_look_alike(self) -> None:
+        curves = [Curve(f"{i}", [0.1], [30.0]) for i in range(9)]
+        looks = set()
+        for i, curve in enumerate(curves):
+            shape = marker(Series(curve, i, own=False), 0, 0)
+            looks.add((colour(i), shape))
+        assert len(looks) == 9
+        assert [colour(i) for i in range(9)].count(0) == [colour(i) for i in range(9)].count(1) == 1
 
     def test_missing_values_are_named(self, tmp_path: Path) -> None:
         with pytest.raises(LalicError, match="no psnr"):

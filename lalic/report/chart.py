@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lalic.curve import Curve
-from lalic.plot import window
+from lalic.plot import colour, window
 from lalic.report.html import number, text
 
 WIDTH, HEIGHT = 480, 380
 LEFT, RIGHT, TOP, BOTTOM = 50, 8, 12, 48
-COLOURS = 7
-"""How many colours page.css names (--s0 ...); more curves begin anew, with another marker."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Series:
     @property
     def classes(self) -> str:
         kind = "own" if self.own else "published" if self.curve.source == "published" else "measured"
-        return f"s{self.index % COLOURS} {kind}"
+        return f"s{colour(self.index)} {kind}"
 
 
 def chart(series: Sequence[Series], metric: str, title: str) -> str:
