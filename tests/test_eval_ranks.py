@@ -200,6 +200,23 @@ def test_what_is_wrong_for_all_is_said_once(root: Path, inputs: Path, tmp_path: 
     assert "error:" not in second_error
 
 
+def test_the_group_is_left_before_the_interpreter_ends(tmp_path: Path) -> None:
+    """Else one process of twenty that ends right after it was told something is aborted: gloo's threads come too late."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import os, sys\n"
+        "import torch.distributed as dist\n"
+        "from lalic.evaluation.ranks import Ranks, place\n"
+        "leave = dist.destroy_process_group\n"
+        "dist.destroy_process_group = lambda: (leave(), print('left', file=sys.stderr, flush=True))\n"
+        "ranks = Ranks(place(os.environ))\n"
+        "assert ranks.share('told') == 'told'\n"
+        "raise SystemExit(2)\n"
+    )
+    for status, error in ends(as_srun([sys.executable, str(script)], 2)):
+        assert (status, error.splitlines()[-1]) == (2, "left")
+
+
 class TestPlace:
     def test_no_launcher(self) -> None:
         assert place({}) == Place()

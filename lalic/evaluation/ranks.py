@@ -7,6 +7,7 @@ work and to gather the numbers, over gloo. A process that dies closes its connec
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -113,6 +114,9 @@ class Ranks:
         method = "env://" if os.environ.get("MASTER_PORT") else where
         try:
             dist.init_process_group("gloo", init_method=method, rank=here.rank, world_size=here.size, timeout=START)
+            # While there still is an interpreter: gloo's threads drop their last tensors with its lock, and a process
+            # that ends right after it was told something would be aborted by the one that comes too late.
+            atexit.register(self.close)
             self._group = dist.new_group(backend="gloo", timeout=WORK)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -167,6 +171,7 @@ class Ranks:
         return [json.loads(bytes(part[: int(n)].tolist())) for part, n in zip(parts, lengths, strict=True)]
 
     def close(self) -> None:
-        """Leave the group; not needed on the way out of an error."""
-        if self._group is not None:
+        """Leave the group; on the way out of an error it is left by itself."""
+        self._group = None
+        if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
