@@ -201,7 +201,7 @@ def test_what_is_wrong_for_all_is_said_once(root: Path, inputs: Path, tmp_path: 
 
 
 def test_the_group_is_left_before_the_interpreter_ends(tmp_path: Path) -> None:
-    """Else one process of twenty that ends right after it was told something is aborted: gloo's threads come too late."""
+    """Else gloo's threads come too late, and one process in twenty is aborted on its way out."""
     script = tmp_path / "ends.py"
     script.write_text(
         "import os, sys\n"
