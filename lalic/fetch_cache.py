@@ -7,21 +7,20 @@ weights/.coming/                         files whose sum is not known before the
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lalic.errors import LalicError
 from lalic.fetch_stream import PATIENCE, download, read_small
-from lalic.files import cache_folder, sha256_of, write_json, write_text
+from lalic.files import cache_folder, locked, sha256_of, write_json, write_text
 from lalic.release_files import CONFIG, MOST_CONFIG, SAFETENSORS, SUMS, parse_sums, read_config
 from lalic.remote import (
     Patience,
@@ -97,7 +96,8 @@ def _bundle(address: Address, wanted: Sequence[str] | None, needed: str) -> Path
     if len(sums) > _MOST_FILES:
         raise LalicError(f"{address.shown}/{SUMS} lists {len(sums)} files: that is no release bundle")
     folder = _entry(name, digest)
-    with _locked(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
         if not (folder / SUMS).exists():
             write_text(folder / SUMS, text)
         for file in [CONFIG, *(f for f in (wanted or sums) if f != CONFIG)]:
@@ -151,7 +151,8 @@ def _file(address: Address) -> Path:
             return there
     _must_be_online(address)
     coming = cache_folder() / "weights" / ".coming" / _key(address.url)
-    with _locked(coming):
+    coming.mkdir(parents=True, exist_ok=True)
+    with locked(coming):
         digest, etag = download(address.url, coming / name, most=MOST_WEIGHTS, sha256=address.sha256)
         folder = _entry(stem, digest)
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,16 +221,3 @@ def _note(url: str, noted: dict[str, Any]) -> None:
     folder = cache_folder() / "weights" / ".asked"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{_key(url)}.json", noted)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time fetches what goes into `folder`; the others wait and find it there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -9,15 +9,13 @@ The sums are those that each bundle was written with, not those of what is there
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from lalic.errors import LalicError
-from lalic.files import sha256_of, write_text
+from lalic.files import locked, sha256_of, write_text
 from lalic.release_files import SUMS, read_sums
 
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]lalic-[^/]+/[^/]+")
@@ -43,7 +41,7 @@ def kept_sums(folder: Path, name: str) -> Iterator[None]:
     file; the second one makes it. Others who write to the folder wait meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         before = listed_sums(folder)
         if before:
             _write(folder, {bundle: lines for bundle, lines in before.items() if bundle != name})
@@ -53,17 +51,6 @@ def kept_sums(folder: Path, name: str) -> Iterator[None]:
             found = _bundles(folder, before)
             if before or len(found) > 1:
                 _write(folder, found)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _write(folder: Path, bundles: Mapping[str, list[str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from photo_like import photo_like
 from PIL import Image
 
 from lalic import anchors
@@ -31,15 +32,6 @@ from lalic.errors import LalicError
 from lalic.metrics import ms_ssim
 
 Picture = NDArray[np.uint8]
-
-
-def photo_like(height: int, width: int, seed: int = 0) -> Picture:
-    """Smooth structure with a little noise."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:height, :width]
-    waves = [np.sin(rows / (7 + 3 * c)) + np.cos(columns / (5 + 2 * c)) for c in range(3)]
-    picture = 128 + 50 * np.stack(waves, axis=-1) + rng.normal(0, 4, (height, width, 3))
-    return picture.clip(0, 255).astype(np.uint8)
 
 
 def psnr_by_hand(a: Picture, b: Picture) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import torch
 from test_export import tiny_model, weights_of
 
-from lalic import release, release_folder
+from lalic import release
 from lalic.errors import LalicError
 from lalic.export import main
 from lalic.ladder import MSE
@@ -209,7 +210,7 @@ def test_a_folder_without_locks(output: Path, monkeypatch: pytest.MonkeyPatch) -
     def no_locks(*_: int) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(release_folder.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     for quality in (1, 2):
         with kept_sums(output, f"lalic-mse-q{quality}"):
             write_bundle(weights_of(tiny_model(), loss={"metric": "mse", "lambda": MSE[quality]}), output)

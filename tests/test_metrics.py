@@ -10,20 +10,12 @@ import pytest
 import pytorch_msssim
 import torch
 from numpy.typing import NDArray
+from photo_like import photo_like
 from scipy.ndimage import correlate1d
 
 from lalic import metrics
 
 Picture = NDArray[np.uint8]
-
-
-def photo_like(height: int, width: int, seed: int = 0) -> Picture:
-    """Smooth structure with a little noise, so that every metric has something to measure."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[:height, :width]
-    waves = [np.sin(rows / (7 + 3 * c)) + np.cos(columns / (5 + 2 * c)) for c in range(3)]
-    picture = 128 + 50 * np.stack(waves, axis=-1) + rng.normal(0, 4, (height, width, 3))
-    return picture.clip(0, 255).astype(np.uint8)
 
 
 def noisy(picture: Picture, sigma: float, seed: int = 1) -> Picture:
