@@ -46,14 +46,15 @@ from lalic.curve import Curve
 from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.evaluation.journal import ImageSums, Journal, key_of
-from lalic.evaluation.options import device_of, is_elsewhere, labels_of, parser, precision
+from lalic.evaluation.options import device_of, labels_of, parser, precision
 from lalic.evaluation.ranks import Ranks, place, usable_cpus
 from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
+from lalic.fetch import is_name
 from lalic.files import atomic_open, sha256_of, write_json
 from lalic.measure import Row, Session
 from lalic.metrics import json_ready
 from lalic.release import Weights, open_weights
-from lalic.remote import without_password
+from lalic.remote import is_url, without_password
 from lalic.report import write_report
 
 log = logging.getLogger("lalic.eval")
@@ -129,7 +130,7 @@ def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work
     compressai.set_entropy_coder(args.entropy_coder)
     images = list_images(args.input_dir)
     for path in args.checkpoints:
-        if not (is_elsewhere(path) or Path(path).exists()):
+        if not (is_url(path) or is_name(path) or Path(path).exists()):
             raise LalicError(f"no such checkpoint: {path}")
     dataset = anchors.dataset_of(images) if ranks.first else None
     if args.anchors and ranks.first:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,11 +114,6 @@ def labels_of(checkpoints: Sequence[str], qualities: Sequence[str] | None) -> li
     if wrong:
         raise LalicError(f"label {wrong[0]!r} cannot name a folder of reconstructions: choose another with -q")
     return labels
-
-
-def is_elsewhere(checkpoint: str) -> bool:
-    """Whether it is a URL or the name of a release, which `open_weights` has to look for, and not a path."""
-    return "://" in checkpoint or re.fullmatch(r"lalic-(mse|ms-ssim)-[^/]+", checkpoint) is not None
 
 
 def _name_of(checkpoint: str) -> str:
