@@ -1,6 +1,6 @@
 """Encoding and decoding one picture, beside the network alone and beside CompressAI's own coding of the same model.
 
-    python benchmarks/codec.py [--model full|small|demo] [--image PHOTO.png | --size 768 512] [--device cpu|cuda]
+    python benchmarks/codec.py [--model full|medium|small|demo] [--image PHOTO.png | --size 768 512] [--device cpu|cuda]
                                [--baseline compressai] [--published DIR] [--output FILE.json]
 
     encode, decode      lalic.codec: from the picture's tensor to strings with their checks, and back
@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import MALLOC, describe  # noqa: E402 -- found from the checkout
+from benchmarks.stepping import MODELS  # noqa: E402
 from lalic.errors import LalicError, run_main  # noqa: E402
 
-MODELS = {"full": "lalic.yaml", "small": "small.yaml", "demo": "demo.yaml"}
 LIMIT = 1.25
 """Encoding and decoding may take so many times the network's time, for the full model on a CPU."""
 

@@ -1,6 +1,6 @@
 """Files of one process decoded in others that compute differently: which latents come out, and what that costs.
 
-    python benchmarks/decode_matrix.py [--model small stress full BUNDLE ...] [--images PHOTO.png ...]
+    python benchmarks/decode_matrix.py [--model medium stress full BUNDLE ...] [--images PHOTO.png ...]
                                        [--device cpu|cuda] [--few] [--rounds N] [--output FILE.json]
     python benchmarks/decode_matrix.py --write FOLDER ...          encode only, keep the files
     python benchmarks/decode_matrix.py --read FOLDER ...           decode only: on another machine, on another device
@@ -11,9 +11,9 @@ products, and with the instruction sets of older processors. Of every decoded fi
 encoder, bit by bit? With float32 arithmetic as the control: how many are refused, and how many come out as other
 latents, which have the same symbols and tables, but means with float32's noise.
 
-Models: `small` and `full` are random with the statistics of trained ones (codec.py), others are bundles. `NAME*2` has
+Models: `medium` and `full` are random with the statistics of trained ones (codec.py), others are bundles. `NAME*2` has
 all matrices of its entropy path doubled, which takes a trained one's parameters from ten to thousands and its rounding
-from 1e-15 to 1e-12; `stress` is `small*2`. The *largest difference* between encoder and decoder is that of a scale or
+from 1e-15 to 1e-12; `stress` is `medium*2`. The *largest difference* between encoder and decoder is that of a scale or
 mean before any decision, or with float32 that of a latent, in units of the value where that is above 1, as the
 tolerance of lalic/model/exact.py: it must be much smaller. Times and memory are measured apart, `--rounds N`, since
 they want a quiet machine.
@@ -70,7 +70,7 @@ def make_models(names: Sequence[str], image: Path, folder: Path) -> list[Path]:
 
     made = []
     for name in names:
-        name, _, factor = (f"small*{STRESS}" if name == "stress" else name).partition("*")
+        name, _, factor = (f"medium*{STRESS}" if name == "stress" else name).partition("*")
         model = make_model(name, make_picture(image, (0, 0))) if name in MODELS else load_weights(name)
         if factor:
             codec = model.latent_codec
@@ -169,7 +169,7 @@ def print_row(row: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the matrix, write it where asked; 1 when a float64 file did not decode to the encoder's latents."""
     parser = argparse.ArgumentParser(prog="benchmarks/decode_matrix.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=["small", "stress"], help="small, full, demo, stress, or bundles")
+    parser.add_argument("--model", nargs="+", default=["medium", "stress"], help="medium, full, demo, stress, or bundles")
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to encode")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--few", action="store_true", help="differ from the encoder in one point at a time")

@@ -1,6 +1,6 @@
 """Where one training step's time goes: a table of operators, and their groups, from torch.profiler.
 
-    python benchmarks/profile_step.py [--model full|small|demo] [--crop 256] [--batch 2] [--precision bf16]
+    python benchmarks/profile_step.py [--model full|medium|small|demo] [--crop 256] [--batch 2] [--precision bf16]
         [--compile] [--checkpointing] [--device cuda] [--output FILE.json [--label before]] [--trace TRACE.json]
 
 On the CPU times are self times of operators; on CUDA those of the kernels that an operator started. An operator
@@ -217,7 +217,7 @@ def print_table(result: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(MODELS), default="small", help="which config's model (%(default)s)")
+    parser.add_argument("--model", choices=tuple(MODELS), default="medium", help="which config's model (%(default)s)")
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")

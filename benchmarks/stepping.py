@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"full": "lalic.yaml", "small": "small.yaml", "demo": "demo.yaml"}
+MODELS = {"full": "lalic.yaml", "medium": "medium.yaml", "small": "small.yaml", "demo": "demo.yaml"}
 """Name: the config whose model section it is."""
 
 

@@ -1,6 +1,6 @@
 """One training step: images/s and peak memory, beside the published code's way of doing it.
 
-    python benchmarks/train_step.py [--model full|small|demo] [--crop 256] [--batch 8 16 32] [--device cuda]
+    python benchmarks/train_step.py [--model full|medium|small|demo] [--crop 256] [--batch 8 16 32] [--device cuda]
         [--published CHECKOUT] [--variants ...] [--tf32 on|off] [--output FILE.json]
 
 Variants, all with the same weights, images, loss and learning rates:
