@@ -84,6 +84,7 @@ def plot_runs(
         right = max((_last(run, over) for run in runs), default=0.0)
         rows[-1].set_xlim(0, right * 1.01 or 1.0)
         rows[-1].set_xlabel("step" if over == "steps" else "hours of training")
+        drawn.align_ylabels(rows)
         _legend(drawn, rows, interrupted, runs)
         if title:
             drawn.suptitle(title, fontsize=10)
@@ -165,8 +166,8 @@ def _lane(axes: Any, runs: Sequence[RunHistory], over: str) -> None:
                 markeredgecolor="white", markeredgewidth=0.4, zorder=3,
             )  # fmt: skip
     axes.set_ylim(len(runs) - 0.4, -0.6)
-    axes.set_yticks([])
-    axes.set_ylabel("stops", rotation=0, ha="right", va="center")
+    axes.set_yticks([(len(runs) - 1) / 2], ["stops"], fontsize=9)
+    axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 

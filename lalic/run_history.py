@@ -1,8 +1,8 @@
 """The history of a run from its folder: curves over steps and over hours, and every interruption.
 
 Read from log.jsonl and events.jsonl alone, as they stand: the run may go on meanwhile, may be another machine's, and a
-line may be cut. Hours are those in which the run was alive, from each start to its end (of a run that was killed: to the
-last that it wrote); the time between is left out.
+line may be cut. Hours are those in which the run was alive, from each start to its end (of a run that was killed: to
+the last that it wrote); the time between is left out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Life:
 
 
 def read_history(run: str | Path) -> RunHistory:
-    """The history of the run in this folder. Raises LalicError when it is no run folder, or its files cannot be read."""
+    """The history of the run in this folder. Raises LalicError when it is no run folder, or cannot be read."""
     run = Path(run)
     if not any((run / name).exists() for name in _FILES):
         raise LalicError(f"{run} is no run folder" if run.is_dir() else f"no such run folder: {run}")
