@@ -243,7 +243,7 @@ def summary(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
                 for_terminal(name),
                 str(run.step),
                 f"{run.hours:.2f}",
-                f"{statistics.median(speeds):.2f}" if speeds else "-",
+                f"{statistics.median(speeds):.3g}" if speeds else "-",
                 str(run.starts),
                 *(str(run.count(kind)) for kind in get_args(Kind)),
                 f"{losses[-1]:.4f}" if losses else "-",

@@ -160,7 +160,8 @@ def _lives(events: Sequence[Record], *logs: Sequence[Record]) -> list[_Life]:
         starts.insert(0, seen[0] - first.get("step", 0) * (number(first, "step_seconds") or 0.0))
     signs = sorted([*seen, *(event["time"] for event in events)])
     lives = []
-    for start, after in zip(starts, [*starts[1:], math.inf], strict=True):
+    starts.sort()  # clocks of several machines
+    for start, after in pairwise([*starts, math.inf]):
         own = [sign for sign in signs if start <= sign < after]
         lives.append(_Life(start, max(own, default=start)))
     return lives
@@ -206,8 +207,8 @@ def _interruptions(events: Sequence[Record], clock: _Clock) -> list[Interruption
             ended, alive = None, False
         else:
             if kind == "rollback":
-                back = whole(event, "to_step")
-                found.append(Interruption("rollback", step, clock.hours(time), time, resumed_step=back))
+                back = f"to the weights of step {whole(event, 'to_step')}"
+                found.append(Interruption("rollback", step, clock.hours(time), time, back, step))
             last = max(last or 0, step)
     return [*found, ended] if ended is not None else found
 
