@@ -4,10 +4,10 @@
                   [--zoom 4] [--files]
 
 For each photograph FOLDER/NAME-compared.png: the original, what comes out of its .lalic file, and of each format the
-file of the highest quality that is not larger than the .lalic file (JPEG: progressive, 4:2:0, optimised tables). Below
-each, a part of it enlarged: where the LALIC picture and the first format differ most, or the one given. Bytes are
-those of whole files. --files also writes the files themselves. Where a format has no file so small, its smallest is
-shown, and the caption says so.
+file of the highest quality that is not larger than the .lalic file (JPEG: 4:2:0, optimised tables, progressive where
+that is smaller). Below each, a part of it enlarged: where the LALIC picture and the first format differ most, or the
+one given. Bytes are those of whole files. --files also writes the files themselves. Where a format has no file so
+small, its smallest is shown, and the caption says so.
 """
 
 from __future__ import annotations
