@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,12 @@ TRAINED = ("loss", "bpp", "psnr", "steps_per_second")
 VALIDATED = ("loss", "bpp", "psnr")
 
 Kind = Literal["stopped", "failed", "killed", "rollback"]
-"""Asked to stop; ended by an error or a stall; ended without a word; went back to a checkpoint's weights."""
+KINDS: dict[Kind, str] = {
+    "stopped": "stopped as asked",
+    "failed": "failed",  # an error, or a stall
+    "killed": "killed",  # it ended without a word
+    "rollback": "went back",  # to the weights of a checkpoint
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def until(self, over: str, end: float) -> Points:
+        """Those up to a step (`over` "steps") or up to hours of life (`over` "hours")."""
+        count = sum(x <= end for x in (self.steps if over == "steps" else self.hours))
+        return Points(self.steps[:count], self.hours[:count], {name: v[:count] for name, v in self.values.items()})
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,19 @@ class RunHistory:
     """The last that was logged."""
     stages: list[tuple[int, float, int]] = field(default_factory=list)
     """Stages after the first: step and hours of their first log line, and their number."""
+
+    def until(self, over: str, end: float) -> RunHistory:
+        """The run as it was at a step or after hours of life, so that runs can be compared after equal time."""
+        train, validation = (points.until(over, end) for points in (self.train, self.validation))
+        return replace(
+            self,
+            train=train,
+            validation=validation,
+            interruptions=[one for one in self.interruptions if (one.step if over == "steps" else one.hours) <= end],
+            hours=min(self.hours, end) if over == "hours" else train.hours[-1] if len(train) else 0.0,
+            step=max((*train.steps[-1:], *validation.steps[-1:]), default=0),
+            stages=[stage for stage in self.stages if stage[0 if over == "steps" else 1] <= end],
+        )
 
     def count(self, kind: Kind) -> int:
         """How many interruptions of a kind there were."""

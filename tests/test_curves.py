@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lalic.curves import PANELS, interruptions, labels_of, main, plot_runs, running_mean, summary, thinned
+from lalic.curves import interruptions, labels_of, main, summary
+from lalic.curves_picture import PANELS, plot_runs, running_mean, thinned
 from lalic.errors import LalicError
 from lalic.run_history import read_history
 
@@ -81,6 +82,16 @@ class TestHistory:
         assert history.validation.hours == pytest.approx([1.0, 2.5])
         assert (history.hours, history.step, history.starts) == (pytest.approx(2.5), 250, 3)
         assert history.stages == [(200, pytest.approx(2.0), 2)]
+
+    @pytest.mark.parametrize(("over", "end"), [("steps", 200), ("hours", 2.2)])
+    def test_as_it_was_earlier(self, over: str, end: float, run: Path) -> None:
+        history = read_history(run).until(over, end)
+        assert history.train.steps == [50, 100, 150, 200] == [50 * (i + 1) for i in range(len(history.train.hours))]
+        assert history.validation.steps == [100] and history.step == 200
+        assert [i.kind for i in history.interruptions] == ["stopped", "killed"]
+        assert history.hours == pytest.approx(2.0 if over == "steps" else 2.2)
+        assert all(len(values) == 4 for values in history.train.values.values())
+        assert not len(history.until("steps", 49).train) and history.until("steps", 49).stages == []
 
     def test_values(self, run: Path) -> None:
         values = read_history(run).train.values
@@ -249,7 +260,10 @@ class TestCommand:
     def test_tables(self, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main([str(run), "-o", str(tmp_path / "x.svg"), "--labels", "q3", "--list"])
         out = capsys.readouterr().out
-        assert "| q3 | 250 | 2.50 | 0.0278 | 3 | 1 | 1 | 1 | 0 | 2.0000 | 1.5000, 0.4000, 32.00 at step 250 |" in out
+        assert (
+            "| q3 | 250 | 2.50 | 0.0278 | 3 | 1 | 1 | 1 | 0 | -, 0.5000, 30.00 | 1.5000, 0.4000, 32.00 at step 250 |"
+            in out
+        )
         assert "| q3 | 1970-01-12 14:46:40 | 100 | stopped as asked | 100 | 9:30:00 | STOP exists on rank 0 |" in out
         assert "| q3 | 1970-01-13 11:16:40 | 250 | failed | - | - | a \\| b |" in out
 
@@ -276,6 +290,7 @@ class TestCommand:
             (["RUN", "-o", "x.jpg"], r"\.svg"),
             (["RUN", "RUN/nothing", "-o", "x.svg"], "no such run folder"),
             (["RUN", "-o", "x.svg", "--labels", "a", "b"], "1 runs but 2 labels"),
+            (["RUN", "-o", "x.svg", "--until", "20"], "no run has logged a step"),
         ],
     )
     def test_errors(self, words: list[str], message: str, run: Path, tmp_path: Path) -> None:
