@@ -137,17 +137,23 @@ def measured_in(result: Mapping[str, Any], source: str) -> list[StepTime]:
 def table(result: Mapping[str, Any]) -> str:
     """The rows as Markdown; what is measured and what is assumed stands above."""
     assumed = result["assumptions"]
-    stages = ", ".join(f"{s['epochs']} epochs at crop {s['crop']} and {s['lr']:g}" for s in result["recipe"])
+    stages = "; ".join(f"{s['epochs']} epochs at crop {s['crop']}, learning rate {s['lr']:g}" for s in result["recipe"])
     lines = [
-        f"{assumed['images']:,} images, {stages}. Assumed: ${assumed['price']:g} for a GPU-hour, a step at crop 512 "
-        f"costs {assumed['crop_512']:g} at crop 256, {100 * assumed['overhead']:g} % for validation, checkpoints and "
-        "starts, and the scaling in the table. Each GPU keeps its batch: above a global batch of 8 that is another "
-        "recipe than the published one, whose learning rate has to be found anew. Six rates one after another on all "
-        "GPUs; side by side, each on a sixth of them, they take the same time with smaller batches.",
+        f"{assumed['images']:,} images. {stages}.",
         "",
+        f"- **assumed**: ${assumed['price']:g} for a GPU-hour; a step at crop 512 costs {assumed['crop_512']:g} at crop "
+        f"256; {100 * assumed['overhead']:g} % more for validation, checkpoints and starts; the scaling in the table",
     ]
     times = [StepTime(**each) for each in result["step_times"]]
-    lines += [f"- **{t.kind}**: {1e3 * t.seconds:.0f} ms for {t.batch} images on a GPU. {t.source}" for t in times]
+    lines += [
+        f"- **{t.kind}**: {1e3 * t.seconds:.0f} ms for a step of {t.batch} images on a GPU. {t.source}" for t in times
+    ]
+    lines += [
+        "",
+        "Each GPU keeps its batch. Above a global batch of 8 that is another recipe than the published one, and its",
+        "learning rate has to be found anew. Six rates one after another on all GPUs; side by side, each on a sixth of",
+        "them, they take the same time with smaller batches.",
+    ]
     titles = ("step", "GPUs", "global batch", "steps", "scaling, assumed", "one rate: hours", "GPU-hours", "$")
     titles += ("six rates: hours", "GPU-hours", "$")
     lines += ["", "| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]

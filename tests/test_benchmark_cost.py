@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,7 @@ def test_committed_figures_are_those_of_the_script(tmp_path: Path) -> None:
         del result["command"]
     assert committed == now
     assert table(committed) in (ROOT / "benchmarks" / "README.md").read_text()
+    # The report has the rows of the clusters.
+    report = (ROOT / "docs" / "training-report.md").read_text()
+    rows = [line for line in table(committed).splitlines() if re.search(r"\| (8|64|256) \| [\d,]+ \| [\d,]+ \|", line)]
+    assert len(rows) == 6 and all(row in report for row in rows)
