@@ -142,7 +142,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"{assumed['images']:,} images. {stages}.",
         "",
         f"- **assumed**: ${assumed['price']:g} for a GPU-hour; a step at crop 512 costs {assumed['crop_512']:g} at "
-        f"crop 256; {100 * assumed['overhead']:g} % more for validation, checkpoints and starts; the scaling in the table",
+        f"crop 256; {100 * assumed['overhead']:g} % more for validation, checkpoints and starts; the scaling in the "
+        "table",
     ]
     times = [StepTime(**each) for each in result["step_times"]]
     lines += [
