@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lalic.drawing import COLOURS, figure, quiet_axes
-from lalic.errors import LalicError
+from lalic.errors import LalicError, for_terminal
 from lalic.run_history import KINDS, Interruption, Kind, Points, RunHistory
 
 PANELS = {
@@ -45,7 +45,7 @@ def plot_runs(
 
     Raises LalicError for another suffix, and where no run has logged anything.
     """
-    names = list(labels) or [Path(run.run).name for run in runs]
+    names = [for_terminal(name) for name in labels or (Path(run.run).name for run in runs)]
     panels = [name for name in PANELS if any(_finite(run.train, name) for run in runs)]
     if not panels:
         raise LalicError("nothing to draw: no run has logged a step yet")
@@ -56,7 +56,7 @@ def plot_runs(
     with figure(Path(path), WIDTH, height) as drawn:
         rows = drawn.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axes, name in zip(rows, panels, strict=False):
-            _panel(axes, runs, names, name, over)
+            _panel(axes, runs, name, over)
         for axes in rows:
             _moments(axes, runs, over)
         if interrupted:
@@ -65,21 +65,25 @@ def plot_runs(
         rows[-1].set_xlim(0, right * 1.01 or 1.0)
         rows[-1].set_xlabel("step" if over == "steps" else "hours of training")
         drawn.align_ylabels(rows)
-        _legend(drawn, rows, interrupted, runs)
+        _legend(drawn, runs, names, interrupted)
         if title:
-            drawn.suptitle(title, fontsize=10)
+            drawn.suptitle(for_terminal(title), fontsize=10)
 
 
-def _panel(axes: Any, runs: Sequence[RunHistory], names: Sequence[str], name: str, over: str) -> None:
+def _look(index: int) -> dict[str, Any]:
+    """Colour and dashes of a run's line."""
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": ("-", "--", ":", "-.")[index // len(COLOURS) % 4]}
+
+
+def _panel(axes: Any, runs: Sequence[RunHistory], name: str, over: str) -> None:
     shown: list[float] = []
-    for i, (run, label) in enumerate(zip(runs, names, strict=True)):
+    for i, run in enumerate(runs):
         colour = COLOURS[i % len(COLOURS)]
-        dashes = ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
         x, y = thinned(_xs(run.train, over), run.train.values[name], _MOST_POINTS)
         trend = running_mean(y, len(y) // _WINDOWS)
         if trend != y:
             axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
-        axes.plot(x, trend, color=colour, linestyle=dashes, linewidth=1.4, label=label, zorder=3)
+        axes.plot(x, trend, linewidth=1.4, zorder=3, **_look(i))
         begun = _BEGINNING * _last(run, over)
         shown += [v for at, v in zip(x, trend, strict=True) if at >= begun]
         if name in run.validation.values:
@@ -141,10 +145,11 @@ def _lane(axes: Any, runs: Sequence[RunHistory], over: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _legend(drawn: Any, rows: Sequence[Any], interrupted: bool, runs: Sequence[RunHistory]) -> None:
+def _legend(drawn: Any, runs: Sequence[RunHistory], names: Sequence[str], interrupted: bool) -> None:
     from matplotlib.lines import Line2D
 
-    handles, labels = rows[0].get_legend_handles_labels()
+    handles = [Line2D([], [], linewidth=1.4, **_look(i)) for i in range(len(runs))]
+    labels = list(names)
     if any(len(run.validation) for run in runs):
         handles.append(
             Line2D([], [], color="#444444", marker="o", markerfacecolor="white", markersize=3.5, linewidth=0.8)

@@ -32,6 +32,7 @@ _STYLE = {
     "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
     "svg.hashsalt": "lalic",  # ids in the file are random without it
     "path.simplify": False,
+    "text.parse_math": False,  # a name with two dollar signs is a name
 }
 # What would differ from one run, or one release of matplotlib, to the next.
 _METADATA: dict[str, dict[str, Any]] = {

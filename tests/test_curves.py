@@ -248,6 +248,16 @@ class TestPicture:
         folder = write(tmp_path / "r", [trained(1, BEGIN, loss=0.0, psnr=-3.0, step_seconds=None)], [])
         plot_runs([read_history(folder)], tmp_path / "x.png")
 
+    @pytest.mark.parametrize("name", ["_q3", "$\\frac$", "a\nb", "\udcff", "q3 & <q4>"])
+    def test_names_are_no_markup(self, name: str, run: Path, tmp_path: Path) -> None:
+        """The legend has as many entries as with a plain name."""
+        entries = []
+        for label in ("plain", name):
+            plot_runs([read_history(run)], tmp_path / "x.svg", labels=[label], title=label)
+            text = (tmp_path / "x.svg").read_text()
+            entries.append(len(re.findall(r'id="text_\d+"', text)))
+        assert entries[0] == entries[1]
+
     def test_title_is_in_the_picture(self, run: Path, tmp_path: Path) -> None:
         heights = []
         for title in ("", "Six rates"):
