@@ -128,7 +128,7 @@ class TestSheet:
         one, many = (draw_sheet([Version(rgb, ("x",))] * n, Box(0, 0, 9, 9)) for n in (1, count))
         assert round(many.width / one.width) == across and round(many.height / one.height) == down
 
-    @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (7, 5), (768, 512), (2000, 3000)])
+    @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 1), (7, 5), (768, 512), (900, 1300)])
     def test_any_size_fits(self, size: tuple[int, int]) -> None:
         rgb = photo_like(*size)
         part = where_they_differ(rgb, rgb, *part_size(*size, 4))
@@ -197,6 +197,7 @@ class TestCommand:
         assert sheet.width == 2 * CELL + 16  # four versions: two rows of two
 
     def test_same_photograph_same_sheet(self, photo: Path, weights: Path, tmp_path: Path) -> None:
+        Image.fromarray(photo_like(64, 64)).save(photo)
         sheets = []
         for name in "ab":
             main([str(photo), "-o", str(tmp_path / name), "--weights", str(weights)])

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lalic.curves import interruptions, labels_of, main, summary
 from lalic.curves_picture import PANELS, plot_runs, running_mean, thinned
-from lalic.errors import LalicError
+from lalic.errors import LalicError, for_terminal
 from lalic.run_history import read_history
 
 pytest.importorskip("matplotlib")
@@ -150,20 +150,20 @@ class TestHistory:
          b'{"kind": "train", "step": 60, "loss": "x", "time": "y", "step_seconds": 0}',
          b'{"kind": "train", "step": 60, "loss": 1e999, "bpp": NaN, "time": 1e300, "step_seconds": -1}'],
     )  # fmt: skip
-    def test_lines_that_no_run_writes(self, junk: bytes, run: Path, tmp_path: Path) -> None:
+    def test_lines_that_no_run_writes(self, junk: bytes, run: Path) -> None:
         for name in ("log.jsonl", "events.jsonl"):
             lines = (run / name).read_bytes().splitlines()
             (run / name).write_bytes(b"\n".join([lines[0], junk, *lines[1:], junk]))
         history = read_history(run)
         assert set(history.train.steps) - {60} == {50, 100, 150, 200, 250}
         assert len(history.interruptions) == 3
-        plot_runs([history], tmp_path / "x.png", over="hours")
+        assert all(math.isfinite(h) for h in history.train.hours)
 
     def test_whatever_is_cut_or_overwritten(self, run: Path, tmp_path: Path) -> None:
         """Any part of the files may be missing or garbage: there is a picture, or one line that says why not."""
         chance = random.Random(7)
-        drawn = 0
-        for _ in range(40):
+        told = 0
+        for i in range(60):
             copy = tmp_path / "copy"
             shutil.copytree(run, copy)
             for name in ("log.jsonl", "events.jsonl"):
@@ -172,13 +172,14 @@ class TestHistory:
                     at = chance.randrange(len(data))
                     data[at : at + chance.randrange(30)] = chance.randbytes(chance.randrange(30))
                 (copy / name).write_bytes(data[: chance.randrange(1, len(data))])
-            try:
+            history = read_history(copy)
+            assert interruptions([history], ["x"]).count("\n") == len(history.interruptions) + 1
+            told += len(history.train) > 0
+            assert not len(history.train) or f"| {history.step} |" in summary([history], ["x"])
+            if i % 10 == 0 and len(history.train):
                 main([str(copy), "-o", str(tmp_path / "x.svg"), "--over", chance.choice(["steps", "hours"]), "--list"])
-                drawn += 1
-            except LalicError as error:
-                assert "no run has logged a step" in str(error)
             shutil.rmtree(copy)
-        assert drawn > 10
+        assert 20 < told < 60
 
     @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: p.write_text("x")])
     def test_no_run_folder(self, make: Any, tmp_path: Path) -> None:
@@ -250,13 +251,11 @@ class TestPicture:
 
     @pytest.mark.parametrize("name", ["_q3", "$\\frac$", "a\nb", "\udcff", "q3 & <q4>"])
     def test_names_are_no_markup(self, name: str, run: Path, tmp_path: Path) -> None:
-        """The legend has as many entries as with a plain name."""
-        entries = []
-        for label in ("plain", name):
-            plot_runs([read_history(run)], tmp_path / "x.svg", labels=[label], title=label)
-            text = (tmp_path / "x.svg").read_text()
-            entries.append(len(re.findall(r'id="text_\d+"', text)))
-        assert entries[0] == entries[1]
+        """The legend has the run, the name is there as it is written, and it takes one line."""
+        plot_runs([read_history(run)], tmp_path / "x.svg", labels=[name], title=name)
+        comments = re.findall(r"<!-- (.*?) -->", (tmp_path / "x.svg").read_text())
+        shown = for_terminal(name).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        assert comments.count(shown) == 2
 
     def test_title_is_in_the_picture(self, run: Path, tmp_path: Path) -> None:
         heights = []
