@@ -490,6 +490,13 @@ def published_bundle(result: dict[str, Any]) -> str:
     return section("Bundles in the published code", result, *parts)
 
 
+def cluster_cost(result: dict[str, Any]) -> str:
+    from benchmarks.cluster_cost import table as costs
+
+    origin = f"Arithmetic on step times, not a measurement: `{result['command']}`"
+    return "\n\n".join(["## What the published recipe costs on a cluster", origin, costs(result)])
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -510,6 +517,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "faults": faults,
     "fuzz_codec": fuzz_codec,
     "fuzz_header": fuzz_header,
+    "cluster_cost": cluster_cost,
 }
 
 

@@ -220,23 +220,31 @@ def _measure(source: Source, key: str, points: Iterable[float], with_ms_ssim: bo
     out = []
     for point in points:
         data = encode(rgb, key, point)
-        decoded = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        decoded = decode(data)
         similarity = ms_ssim(rgb, decoded) if with_ms_ssim else None
         out.append((bits_per_pixel(len(data), *rgb.shape[:2]), psnr(rgb, decoded), similarity))
     return out
 
 
-def encode(rgb: NDArray[np.uint8], key: str, point: float) -> bytes:
-    """The file of an (H, W, 3) uint8 picture, by a key of FORMATS and its quality parameter."""
+def encode(rgb: NDArray[np.uint8], key: str, point: float, **changed: Any) -> bytes:
+    """The file of an (H, W, 3) uint8 picture, by a key of FORMATS and its quality parameter.
+
+    `changed`: options of Pillow's `save` beside or in place of the format's own.
+    """
     codec = FORMATS[key]
     codec.version()  # registers the plugin, in a worker too
     buffer = io.BytesIO()
     try:
-        Image.fromarray(rgb).save(buffer, format=codec.pillow, **codec.options(point))
+        Image.fromarray(rgb).save(buffer, format=codec.pillow, **{**codec.options(point), **changed})
     except (OSError, ValueError) as error:
         size = f"{rgb.shape[1]}x{rgb.shape[0]}"
         raise LalicError(f"{codec.label} cannot code a picture of {size} at {point}: {error}") from error
     return buffer.getvalue()
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """The (H, W, 3) uint8 picture in a file that `encode` made."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def check(names: Sequence[str], dataset: str | None) -> list[str]:

@@ -19,47 +19,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from lalic.anchors import FORMATS, measure_pillow
+from lalic.captions import font, wrapped
 from lalic.curve import METRICS, Curve
+from lalic.drawing import COLOURS, check_suffix, figure, quiet_axes, write_picture
 from lalic.errors import LalicError, run_main
-from lalic.files import atomic_open
 from lalic.published import DATASETS, title_of
 from lalic.results import Collection, read_curve
 
 __all__ = ["Curve", "plot_rd", "read_curve", "side_by_side"]
 
-SUFFIXES = {".png": "png", ".svg": "svg", ".pdf": "pdf"}
 AXES = {"psnr": "PSNR (dB), 8-bit RGB", "ms-ssim-db": "MS-SSIM (dB)"}
-# Okabe and Ito's colours: told apart by colour-blind readers and in grey print.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same letters on every machine
-    "font.size": 9,
-    "axes.labelsize": 9,
-    "axes.titlesize": 10,
-    "axes.linewidth": 0.7,
-    "axes.edgecolor": "#444444",
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "xtick.labelcolor": "black",
-    "ytick.labelcolor": "black",
-    "legend.fontsize": 8,
-    "pdf.fonttype": 42,  # TrueType: publishers refuse matplotlib's default, Type 3
-    "svg.hashsalt": "lalic",  # ids in the file are random without it
-    "path.simplify": False,
-}
-# What would differ from one run, or one release of matplotlib, to the next.
-_METADATA: dict[str, dict[str, Any]] = {
-    "png": {"Software": None},
-    "svg": {"Date": None, "Creator": None},
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-}
 
 
 def plot_rd(
@@ -81,26 +54,17 @@ def plot_rd(
 
     Raises LalicError for another suffix, and where no curve has the quality of a panel.
     """
-    path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise LalicError(f"{path}: the picture can be written as {', '.join(SUFFIXES)}")
     metrics = [metric] if isinstance(metric, str) else list(metric)
-    format = SUFFIXES[path.suffix.lower()]
-    matplotlib, figure_class = _matplotlib()
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "agg"}):
-        figure = figure_class(figsize=(4.6 * columns * len(metrics), 3.5 * columns), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
+    with figure(Path(path), 4.6 * columns * len(metrics), 3.5 * columns) as drawn:
+        for axes, name in zip(drawn.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
             _panel(axes, curves, focus or curves, name)
         if title:
-            figure.suptitle(title, fontsize=10)
-        figure.savefig(buffer, format=format, dpi=300, metadata=_METADATA[format])
-    _write(path, buffer)
+            drawn.suptitle(title, fontsize=10)
 
 
 def colour(index: int) -> int:
     """Which colour a curve has. When all are used up the first two, those of what the picture is about, stay theirs."""
-    count = len(_COLOURS)
+    count = len(COLOURS)
     return index if index < count else count - 1 - (index - count) % (count - 2)
 
 
@@ -116,7 +80,7 @@ def _panel(axes: Any, curves: Sequence[Curve], focus: Sequence[Curve], metric: s
         strong, line = curve in focus, len(points) > 1
         axes.plot(
             *zip(*points, strict=True),
-            color=_COLOURS[colour(i)],
+            color=COLOURS[colour(i)],
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=(4.5 if strong else 3) if line else 6,
             markeredgewidth=0,
@@ -130,9 +94,7 @@ def _panel(axes: Any, curves: Sequence[Curve], focus: Sequence[Curve], metric: s
     right, low, high = window([c for _, c in shown], [c for _, c in shown if c in focus], metric)
     axes.set_xlim(0, right)
     axes.set_ylim(low, high)
-    axes.grid(True, color="#DDDDDD", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    quiet_axes(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="lower right", frameon=False)
 
@@ -164,52 +126,19 @@ def side_by_side(
         raise ValueError(f"pictures of different sizes: {original.shape} and {reconstruction.shape}")
     height, width = original.shape[:2]
     gap = 8
-    lines = [_wrapped(caption, width) for caption in captions]
-    font = _font()
-    line_height = 20
+    font_size, line_height = 15, 20
+    lines = [wrapped(caption, width - 8, font_size) for caption in captions]
     top = line_height * max(len(text) for text in lines) + gap
     canvas = Image.new("RGB", (2 * width + gap, height + top), "white")
     draw = ImageDraw.Draw(canvas)
     for i, (picture, text) in enumerate(zip((original, reconstruction), lines, strict=True)):
         left = i * (width + gap)
         for row, line in enumerate(text):
-            draw.text((left + 4, 3 + row * line_height), line, fill="black", font=font)
+            draw.text((left + 4, 3 + row * line_height), line, fill="black", font=font(font_size))
         canvas.paste(Image.fromarray(picture), (left, top))
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
-    _write(Path(path), buffer)
-
-
-def _wrapped(caption: str, width: int) -> list[str]:
-    """Caption broken at blanks into lines that fit `width` pixels; a longer word stands alone."""
-    font, lines = _font(), [""]
-    for word in caption.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width - 8:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def _font() -> Any:
-    return ImageFont.load_default(size=15)
-
-
-def _write(path: Path, buffer: io.BytesIO) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(path) as file:
-        file.write(buffer.getbuffer())
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    """matplotlib, and its Figure, which draws without a display; an optional dependency."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LalicError("drawing curves needs matplotlib: pip install 'lalic[plot]'") from error
-    return matplotlib, Figure
+    write_picture(Path(path), buffer)
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -217,8 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("fontTools").setLevel(logging.WARNING)  # tells of every glyph that goes into a PDF
-    if args.output.suffix.lower() not in SUFFIXES:
-        raise LalicError(f"{args.output}: the picture can be written as {', '.join(SUFFIXES)}")
+    check_suffix(args.output)
     collection = Collection(args.results, args.anchor, args.dataset, args.labels or ())
     metrics = METRICS if "both" in args.metric else tuple(dict.fromkeys(args.metric))
     tests: list[Curve] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from lalic.config import RunConfig, read_config
 from lalic.errors import LalicError
+from lalic.run_records import Record, number, parse_line, sane, whole
 from lalic.training import checkpoint
 from lalic.training.events import FILE as EVENTS
 from lalic.training.events import read_events
@@ -23,12 +24,8 @@ from lalic.training.run_folder import CONFIG, DONE, LOCK, LOG, STOP, is_held
 
 State = Literal["new", "running", "stopped", "failed", "finished"]
 
-Record = Mapping[str, Any]
-
 _QUIET = 1800.0
 """Seconds that a run may say nothing, however often it should: a validation or a checkpoint may take so long."""
-
-_MOST = 1e15
 
 _RECENT = 20
 """Log lines that the speed is taken from."""
@@ -100,7 +97,7 @@ def read_status(run: str | Path) -> RunStatus:
         raise LalicError(f"{run} is no run folder" if run.is_dir() else f"no such run folder: {run}")
     config = _config(run)
     lines, validations = _log(run)
-    events = [_sane(event) for event in read_events(run)]
+    events = [sane(event) for event in read_events(run)]
     saved = _checkpoints(run)
     last_checkpoint = next((c.step for c in saved if c.problem is None), None)
     meta = _meta(run, last_checkpoint)
@@ -108,15 +105,15 @@ def read_status(run: str | Path) -> RunStatus:
     start: Record = starts[-1] if starts else {}
     line: Record = lines[-1] if lines else {}
     health: Record = kept if isinstance(kept := meta.get("health"), dict) else {}
-    total = _whole(start, "total_steps") or _whole(meta, "total_steps")
-    times = [t for record in (line, *events[-1:], *validations[-1:]) if (t := _number(record, "time")) is not None]
+    total = whole(start, "total_steps") or whole(meta, "total_steps")
+    times = [t for record in (line, *events[-1:], *validations[-1:]) if (t := number(record, "time")) is not None]
     updated = max(times, default=None) or _changed(run)
     # A checkpoint is of an earlier step, and may come last: it is written while the run goes on, or ends.
     telling = [event for event in events if event["kind"] not in ("checkpoint", "checkpoint_failed")]
     step = _step(run, lines, telling, last_checkpoint)
     seconds = _seconds_per_step(lines, start)
     state, detail = _state(run, telling, start, step, updated, _log_interval(config, seconds))
-    validated = [v for v in validations if _number(v, "loss") is not None]
+    validated = [v for v in validations if number(v, "loss") is not None]
     best = min(validated, key=lambda v: v["loss"]) if validated else meta.get("best")
     known = _without_kind(validations[-1]) if validations else meta.get("metrics")
     return RunStatus(
@@ -125,25 +122,25 @@ def read_status(run: str | Path) -> RunStatus:
         detail=detail,
         step=step,
         total_steps=total,
-        stage=_whole(line, "stage") or _whole(meta, "stage"),
+        stage=whole(line, "stage") or whole(meta, "stage"),
         stages=len(config.stages) if config else None,
-        loss=_number(line, "loss"),
-        bpp=_number(line, "bpp"),
-        psnr=_number(line, "psnr"),
+        loss=number(line, "loss"),
+        bpp=number(line, "bpp"),
+        psnr=number(line, "psnr"),
         validation=known if isinstance(known, dict) else None,
         best=_without_kind(best) if isinstance(best, dict) else None,
-        images_per_second=_number(line, "images_per_second"),
-        data_wait_share=_number(line, "data_wait_share"),
-        memory_gib=_number(line, "memory_gib"),
+        images_per_second=number(line, "images_per_second"),
+        data_wait_share=number(line, "data_wait_share"),
+        memory_gib=number(line, "memory_gib"),
         eta_seconds=None if seconds is None or total is None else seconds * max(0, total - step),
-        skipped_steps=max(_whole(line, "skipped_steps_total") or 0, _whole(health, "skipped") or 0),
-        bad_samples=_whole(line, "bad_samples") or 0,
-        rollbacks=max(_whole(line, "rollbacks") or 0, _whole(health, "rollbacks") or 0),
+        skipped_steps=max(whole(line, "skipped_steps_total") or 0, whole(health, "skipped") or 0),
+        bad_samples=whole(line, "bad_samples") or 0,
+        rollbacks=max(whole(line, "rollbacks") or 0, whole(health, "rollbacks") or 0),
         restarts=sum(event["kind"] == "resumed" for event in events),
         checkpoints=saved,
         last_checkpoint=last_checkpoint,
         last_event=events[-1] if events else None,
-        world_size=_whole(start, "world_size") or _whole(meta, "world_size"),
+        world_size=whole(start, "world_size") or whole(meta, "world_size"),
         host=start.get("host") if isinstance(start.get("host"), str) else None,
         job=start.get("job") if isinstance(start.get("job"), str) else None,
         metric=config.loss.metric if config else None,
@@ -197,19 +194,11 @@ def _log(run: Path) -> tuple[list[Record], list[Record]]:
     for line in reversed(lines):
         if len(train) == _RECENT:
             break
-        if (record := _parse(line)) is not None and record.get("kind") == "train":
+        if (record := parse_line(line)) is not None and record.get("kind") == "train":
             train.insert(0, record)
     # Millions of steps have many lines; only those that can be one are parsed.
-    candidates = (_parse(line) for line in lines if b'"validation"' in line)
+    candidates = (parse_line(line) for line in lines if b'"validation"' in line)
     return train, [record for record in candidates if record is not None and record.get("kind") == "validation"]
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return _sane(record) if isinstance(record, dict) and _whole(record, "step") is not None else None
 
 
 def _checkpoints(run: Path) -> tuple[SavedStep, ...]:
@@ -230,19 +219,19 @@ def _problem(folder: Path) -> str | None:
 def _meta(run: Path, step: int | None) -> Record:
     with suppress(LalicError, RecursionError):
         if step is not None:
-            return _sane(checkpoint.read_meta(checkpoint.folder_of(run, step)))
+            return sane(checkpoint.read_meta(checkpoint.folder_of(run, step)))
     return {}
 
 
 def _step(run: Path, lines: Sequence[Record], events: Sequence[Record], last_checkpoint: int | None) -> int:
     """That of the newest line, of whichever file."""
     newest = [
-        (_number(record, "time") or 0.0, step)
+        (number(record, "time") or 0.0, step)
         for record in (*lines[-1:], *events[-1:])
-        if (step := _whole(record, "step")) is not None
+        if (step := whole(record, "step")) is not None
     ]
     with suppress(OSError, ValueError, AttributeError, RecursionError):
-        done = _whole(json.loads((run / DONE).read_text()), "step")
+        done = whole(json.loads((run / DONE).read_text()), "step")
         if done is not None:
             return done
     return max(newest)[1] if newest else last_checkpoint or 0
@@ -250,11 +239,11 @@ def _step(run: Path, lines: Sequence[Record], events: Sequence[Record], last_che
 
 def _seconds_per_step(lines: Sequence[Record], start: Record) -> float | None:
     """Between the newest log lines since the run was started last, with all that is done between them."""
-    begun = _number(start, "time") or 0.0
-    points = [(t, line["step"]) for line in lines if (t := _number(line, "time")) is not None and t >= begun]
+    begun = number(start, "time") or 0.0
+    points = [(t, line["step"]) for line in lines if (t := number(line, "time")) is not None and t >= begun]
     if len(points) > 1 and points[-1][1] > points[0][1]:
         return (points[-1][0] - points[0][0]) / (points[-1][1] - points[0][1])
-    return _number(lines[-1], "step_seconds") if lines else None
+    return number(lines[-1], "step_seconds") if lines else None
 
 
 def _log_interval(config: RunConfig | None, seconds: float | None) -> float | None:
@@ -271,22 +260,3 @@ def _changed(run: Path) -> float | None:
 
 def _without_kind(record: Record) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in ("kind", "time")}
-
-
-def _sane(value: Any) -> Any:
-    """The value with None for every number that no run writes: not finite, or too large to reckon with."""
-    if isinstance(value, dict):
-        return {key: _sane(each) for key, each in value.items()}
-    if isinstance(value, float | int) and not abs(value) < _MOST:
-        return None
-    return value
-
-
-def _number(record: Record, key: str) -> float | None:
-    value = _sane(record.get(key))
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _whole(record: Record, key: str) -> int | None:
-    value = _number(record, key)
-    return value if isinstance(value, int) and value >= 0 else None

@@ -17,6 +17,7 @@ from test_resume import launch_two
 from test_train import config_path, own_process_state, records  # noqa: F401 -- fixtures
 
 from lalic.config import read_config
+from lalic.run_history import read_history
 from lalic.status import read_status
 from lalic.training import events, tracking
 from lalic.training.schedule import plan
@@ -120,6 +121,22 @@ def test_history_of_a_run(runs: Path) -> None:
     assert by_kind["stopped"]["reason"] == "SIGUSR1"
     assert by_kind["checkpoint"]["stopped_seconds"] > 0 and by_kind["checkpoint"]["write_seconds"] > 0
     assert {event["world_size"] for event in history} == {1}
+
+
+def test_interruptions_of_a_run(runs: Path) -> None:
+    """As its curves show them: what a kill left is the checkpoint of step 2."""
+    history = read_history(runs / "whole")
+    found = [(each.kind, each.step, each.resumed_step, each.detail) for each in history.interruptions]
+    assert found == [
+        ("killed", 2, 2, ""),
+        ("stopped", 4, 4, "SIGUSR1"),
+        ("rollback", 5, 5, "to the weights of step 2"),
+    ]
+    assert (history.starts, history.step) == (3, 9)
+    hours = [0.0, *history.train.hours, history.hours]
+    assert hours == sorted(hours) and history.hours > 0
+    (failed,) = read_history(runs / "failed").interruptions
+    assert (failed.kind, failed.resumed_step, failed.away) == ("failed", None, None) and "not finite" in failed.detail
 
 
 def test_log_counts_what_was_skipped(runs: Path) -> None:

@@ -70,6 +70,9 @@ class TestPlotRD:
         with pytest.raises(LalicError, match="no psnr"):
             plot_rd([Curve("x", [0.1, 0.2], [30.0, None])], tmp_path / "rd.png", "t")
 
+    def test_a_label_is_no_formula(self, tmp_path: Path) -> None:
+        plot_rd([Curve("$\\no such command$", [0.2, 0.4], [30.0, 32.0])], tmp_path / "rd.png", "a $ and $\\b")
+
     def test_unknown_suffix(self, tmp_path: Path) -> None:
         with pytest.raises(LalicError, match=r"\.svg"):
             plot_rd([Curve("x", [0.1], [30.0])], tmp_path / "rd.jpg", "t")
