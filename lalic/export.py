@@ -16,8 +16,8 @@ Of a run that was trained with `train.ema`, the averaged weights are taken, whic
 `--weights raw` takes those of the last step.
 
 `--precision float16` writes a compact bundle: what was learned alone, rounded to float16, and no .pth file. That is
-another model than the checkpoint's, and what `--eval` adds must have been measured on the bundle. The last form makes the
-full bundle of a compact one: the same numbers and fingerprint.
+another model than the checkpoint's, and what `--eval` adds must have been measured on the bundle. The last form makes
+the full bundle of a compact one: the same numbers and fingerprint.
 
 As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run that cannot
 be exported is told at the end, with a non-zero status, and keeps none of the others back.

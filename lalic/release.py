@@ -35,6 +35,7 @@ from lalic.files import fsync_folder
 from lalic.ladder import release_name
 from lalic.model import LALIC, fingerprint, load_weights
 from lalic.model.compact import is_rounded, rounded
+from lalic.release_builtin import damaged, is_builtin
 from lalic.release_contents import fill_bundle
 from lalic.release_files import (
     CONFIG,
@@ -111,11 +112,13 @@ def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
     """
     address = address_of(place)
     path = resolve(place)
-    if address is None:
-        return _open_path(path, kind)
     try:
         return _open_path(path, kind)
     except LalicError as error:
+        if is_builtin(path):
+            raise damaged(path, error) from error
+        if address is None:
+            raise
         if path.is_file():
             forget(path)  # whatever it is, it is not kept for weights
         raise LalicError(f"{address.shown}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ def seconds_of_steps(log: Path, until: int) -> float:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     steps = [0, *sorted(seconds)]
-    return sum(seconds[step] * (step - before) for before, step in zip(steps, steps[1:], strict=False))
+    return sum(seconds[step] * (step - before) for before, step in itertools.pairwise(steps))
 
 
 def started_from(place: str, source: Path) -> dict[str, Any]:
