@@ -22,6 +22,7 @@ from pathlib import Path
 
 from lalic.codec import bitstream
 from lalic.codec.reach import at_hand, built_in_qualities, weights_of_quality
+from lalic.codec.startup import import_compressai
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open
 from lalic.release_builtin import DEFAULT_QUALITY
@@ -57,10 +58,11 @@ def compress(
     Without `weights_path`, weights of a `quality`, or the default ones (lalic.codec.reach).
     """
     _check_target(target, source, force)
-    chosen = weights_path or weights_of_quality(quality)
     from lalic.codec.pictures import decode_picture, encode_picture, read_picture
 
     picture = read_picture(source, max_pixels)
+    chosen = weights_path or weights_of_quality(quality)
+    import_compressai()
     import torch
 
     from lalic.release import open_weights
@@ -96,6 +98,7 @@ def decompress(source: Path, target: Path, weights_path: str | None, force: bool
     _check_target(target, source, force)
     parsed, size = bitstream.read(source, max_pixels)
     check_colour(target, parsed.image.colour == bitstream.GRAY)
+    import_compressai()
     import torch
 
     from lalic.codec.weights import weights_for
