@@ -1,10 +1,10 @@
 """CompressAI without its point clouds: half of the time in which a command that codes one picture starts.
 
 CompressAI keeps a registry of transforms of pictures and point clouds, for which it imports torchvision and
-torch_geometric, and these import transformers, torch's compiler and more. A command that codes pictures needs none of it.
-While CompressAI is imported here, stand-ins take the place of torch_geometric and of that registry. Those of
-torch_geometric are gone afterwards: who imports it gets the real one. Only CompressAI's transforms are of no use in such
-a process, so the codec's own commands do this, never a library call.
+torch_geometric, and these import transformers, torch's compiler and more. A command that codes pictures needs none of
+it. While CompressAI is imported here, stand-ins take the place of torch_geometric and of that registry. Those of
+torch_geometric are gone afterwards: who imports it gets the real one. Only CompressAI's transforms are of no use in
+such a process, so the codec's own commands do this, never a library call.
 """
 
 from __future__ import annotations
