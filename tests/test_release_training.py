@@ -60,7 +60,7 @@ class TestStart:
 
 class TestFacts:
     CONFIG = (
-        "data: {name: "BSDS500, 280\\n photographs"}\n"
+        'data: {name: "BSDS500, 280\\n photographs"}\n'
         "train: {batch_size: 4, precision: fp32, init_from: ../runs/high}\n"
         "stages:\n- {steps: 2000, lr: 0.0001, crop: 128}\n"
     )
