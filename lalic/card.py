@@ -116,7 +116,7 @@ class Licence(NamedTuple):
         """What a bundle's configuration says; None where it says nothing."""
         if not isinstance(value, Mapping) or not isinstance(value.get("id"), str):
             return None
-        return cls(value["id"], str(value.get("note") or ""))
+        return cls(value["id"], " ".join(str(value.get("note") or "").split()))
 
     def words(self) -> str:
         """For the card: whole sentences."""

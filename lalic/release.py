@@ -115,7 +115,7 @@ def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
     try:
         return _open_path(path, kind)
     except LalicError as error:
-        if is_builtin(path):
+        if kind is None and is_builtin(path):
             raise damaged(path, error) from error
         if address is None:
             raise

@@ -184,6 +184,10 @@ class TestByName:
         ):
             open_weights("lalic-mse-q1")
 
+    def test_a_kind_that_they_have_not(self) -> None:
+        with pytest.raises(LalicError, match=r"holds one kind of weights only$"):
+            open_weights("lalic-mse-q5", "raw")
+
 
 class TestHarmed:
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "SHA256SUMS"])
