@@ -7,6 +7,7 @@ here imports torch.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def builtin_bundle(name: str) -> Path | None:
         return None
     folder = builtin_folder()
     assert folder is not None
-    if not (folder / name / CONFIG).is_file():
+    if not os.path.isfile(folder / name / CONFIG):
         raise LalicError(f"the built-in weights {name} are missing from {folder}: get them again with {_MEND}")
     return folder / name
 
@@ -80,6 +81,8 @@ def none_built_in() -> LalicError:
 
 def _folders(folder: Path) -> Iterator[Path]:
     try:
-        yield from (f for f in folder.iterdir() if f.name.startswith("lalic-") and (f / CONFIG).is_file())
+        found = list(folder.iterdir())
     except OSError:
         return
+    # os.path: a bundle that may not be read is one that is not there, and no reason to lose the others.
+    yield from (f for f in found if f.name.startswith("lalic-") and os.path.isfile(f / CONFIG))
