@@ -37,6 +37,8 @@ def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any
     stages = [stage for stage in config.get("stages") or () if isinstance(stage, dict)]
     if stages:
         facts["stages"] = "; ".join(_stage(stage) for stage in stages)
+        if isinstance(total := meta.get("total_steps"), int) and meta["step"] < total:
+            facts["stages"] += f" (planned; these weights are of step {meta['step']:,} of {total:,})"
     if averaged:
         facts["decay of the averaged weights"] = str(meta["ema"]["decay"])
     if seconds := seconds_of_steps(run / "log.jsonl", meta["step"]):

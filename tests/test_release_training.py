@@ -92,6 +92,10 @@ class TestFacts:
             "on": "cpu, 2 processes of 1 thread; NVIDIA H100 up to step 400",
         }
 
+    def test_stages_that_are_not_done(self, tmp_path: Path) -> None:
+        facts = training_facts(self.write(tmp_path / "low", self.CONFIG, total_steps=2000))
+        assert facts["stages"].endswith("crop 128 (planned; these weights are of step 1,000 of 2,000)")
+
     def test_a_name_that_was_given_later(self, tmp_path: Path) -> None:
         place = self.write(tmp_path / "low", "data: {name: null}\n")
         assert "trained on" not in training_facts(place)
