@@ -97,6 +97,12 @@ class TestCompress:
         assert model_of("photo.lalic") == f"lalic-mse-q{quality}"
         assert main(["decompress", "photo.lalic", "back.png"]) == 0
 
+    def test_the_default_quality_is_not_among_them(self, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        shutil.rmtree(installed / "lalic-mse-q5")
+        (installed / "SHA256SUMS").unlink()
+        main(["compress", "photo.png", "photo.lalic"])
+        assert model_of("photo.lalic") == "lalic-mse-q3"
+
     @pytest.mark.parametrize("quality", ["2", "4", "9", "-1"])
     def test_a_quality_that_is_not_there(self, quality: str) -> None:
         with pytest.raises(LalicError, match=rf"no built-in weights of quality {quality}: choose .* among 3, 5$"):

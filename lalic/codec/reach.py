@@ -70,7 +70,7 @@ def weights_of_quality(quality: int | None) -> Path:
     """Weights to compress with where none are named.
 
     What LALIC_WEIGHTS and ./release hold, if that is anything: the only one, or the one of the quality. Else the
-    built-in ones. Without a `quality`, DEFAULT_QUALITY. Raises LalicError that lists what there is.
+    built-in ones. Without a `quality`, DEFAULT_QUALITY, or the built-in one that is nearest to it. Raises LalicError that lists what there is.
     """
     found = named()
     if not found:
@@ -102,7 +102,8 @@ def _built_in(quality: int | None) -> Path:
     names = built_in_qualities()
     if not names:
         raise none_built_in()
-    wanted = DEFAULT_QUALITY if quality is None else quality
+    nearest = min(names, key=lambda q: (abs(q - DEFAULT_QUALITY), -q))
+    wanted = nearest if quality is None else quality
     if wanted not in names:
         there = ", ".join(map(str, sorted(names)))
         raise LalicError(f"there are no built-in weights of quality {wanted}: choose with --quality among {there}")
