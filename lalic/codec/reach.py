@@ -70,7 +70,8 @@ def weights_of_quality(quality: int | None) -> Path:
     """Weights to compress with where none are named.
 
     What LALIC_WEIGHTS and ./release hold, if that is anything: the only one, or the one of the quality. Else the
-    built-in ones. Without a `quality`, DEFAULT_QUALITY, or the built-in one that is nearest to it. Raises LalicError that lists what there is.
+    built-in ones. Without a `quality`, DEFAULT_QUALITY, or the built-in one that is nearest to it. Raises LalicError
+    that lists what there is.
     """
     found = named()
     if not found:
