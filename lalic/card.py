@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from lalic.card_evaluation import markdown, model_index
 from lalic.model import LALIC
+from lalic.model.compact import is_rounded
+from lalic.release_files import FLOAT16
 
 PUBLISHED_DIMS = [96, 144, 256, 320, 256, 192]
 PUBLISHED_DEPTHS = [2, 4, 6, 6]
@@ -30,7 +32,7 @@ Bi-RWKV blocks, trained for {metric_name} with lambda = {lmbda:g}{quality}.
 | parameters | {parameters:.2f} M |
 | loss | {loss} |
 | trained for | {training} |
-| weights | {kind}float32 |
+| weights | {kind}{precision} |
 | fingerprint | `{fingerprint}` |
 
 {recipe}## Use it
@@ -52,11 +54,7 @@ print(coded.num_bytes, "bytes")
 picture = decode_image(model, coded)  # (H, W, 3) uint8
 ```
 
-`{name}.pth` is a plain state dict in the layout of the published code and loads there as it is.
-`model.safetensors` holds the same tensors, each once. Neither needs unpickling of code.
-
-`lalic verify {name}` checks that this folder is whole, that both files hold the same weights, and that
-they decode `reference.lalic`, a generated picture, to what the exporting machine got.
+{files}
 
 ## Numbers
 
@@ -68,7 +66,7 @@ the encoder computed, and stops with an error where it does not. Pictures have 8
 
 ## Licence and citation
 
-MIT. If you use LALIC, cite its authors:
+{licence} If you use LALIC, cite its authors:
 
 ```bibtex
 @inproceedings{{lalic2025,
@@ -90,6 +88,45 @@ SHA-256, also in `SHA256SUMS` (check with `sha256sum -c SHA256SUMS`):
 ```
 """
 
+_FULL = """\
+`{name}.pth` is a plain state dict in the layout of the published code and loads there as it is.
+`model.safetensors` holds the same tensors, each once. Neither needs unpickling of code.
+
+`lalic verify {name}` checks that this folder is whole, that both files hold the same weights, and that
+they decode `reference.lalic`, a generated picture, to what the exporting machine got."""
+
+_COMPACT = """\
+`model.safetensors` holds what was learned, each tensor once, in float16. The model is exactly these numbers: rounding
+the training's float32 to them made the model that the fingerprint names, and what was measured on it contains what
+rounding costs. `lalic export --checkpoint {name} --output FOLDER` adds the `.pth` file that the published code loads,
+with the same numbers in float32.
+
+`lalic verify {name}` checks that this folder is whole, and that its weights decode `reference.lalic`, a
+generated picture, to what the exporting machine got."""
+
+
+class Licence(NamedTuple):
+    """The licence of weights: an identifier of model hubs, and words about it for the card."""
+
+    id: str = "mit"
+    note: str = ""
+
+    @classmethod
+    def told(cls, value: Any) -> Licence | None:
+        """What a bundle's configuration says; None where it says nothing."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("id"), str):
+            return None
+        return cls(value["id"], " ".join(str(value.get("note") or "").split()))
+
+    def words(self) -> str:
+        """For the card: whole sentences."""
+        if self == Licence():
+            return "MIT."
+        sentences = [] if self.id == "other" else [f"The weights: `{self.id}`."]
+        if self.note:
+            sentences.append(self.note if self.note[-1] in ".!?" else f"{self.note}.")
+        return " ".join([*sentences, "The program: MIT."])
+
 
 def model_card(
     config: Mapping[str, Any],
@@ -98,7 +135,7 @@ def model_card(
     model: LALIC,
     sums: Mapping[str, str],
     evaluations: Sequence[Mapping[str, Any]] = (),
-    licence: str = "mit",
+    licence: Licence = Licence(),  # noqa: B008 -- it is immutable
 ) -> str:
     """Markdown text of the card.
 
@@ -110,7 +147,7 @@ def model_card(
         model: the model, for its number of parameters.
         sums: SHA-256 by file name.
         evaluations: the bundle's evaluation.json (lalic.card_evaluation).
-        licence: of the weights, as model hubs name it.
+        licence: of the weights.
     """
     metric, lmbda = config["loss"]["metric"], config["loss"]["lambda"]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
@@ -118,7 +155,7 @@ def model_card(
     told = "".join(f"- {label}: {_number(value)}\n" for label, value in recipe.items())
     steps = f"{config['step']:,} steps" if config["step"] is not None else "not known (weights given as a file)"
     return _CARD.format(
-        matter=_front_matter(config, evaluations, licence),
+        matter=_front_matter(config, evaluations, licence.id),
         name=config["name"],
         metric_name={"mse": "mean squared error", "ms-ssim": "MS-SSIM"}[metric],
         lmbda=lmbda,
@@ -135,9 +172,18 @@ def model_card(
         ),
         fingerprint=config["fingerprint"],
         recipe=f"## Training\n\n{told}\n" if told else "",
-        numbers=_numbers(metrics, evaluations),
+        precision=_precision(config, model),
+        files=(_COMPACT if config.get("precision") == FLOAT16 else _FULL).format(name=config["name"]),
+        licence=licence.words(),
+        numbers=_numbers(metrics, evaluations, rounded=is_rounded(model)),
         sums="\n".join(f"{digest}  {file}" for file, digest in sorted(sums.items())),
     )
+
+
+def _precision(config: Mapping[str, Any], model: LALIC) -> str:
+    if config.get("precision") == FLOAT16:
+        return "float16"
+    return "float32, all numbers rounded to float16" if is_rounded(model) else "float32"
 
 
 def _warning(config: Mapping[str, Any], images: Any) -> str:
@@ -181,14 +227,15 @@ def _front_matter(config: Mapping[str, Any], evaluations: Sequence[Mapping[str, 
     return str(yaml.safe_dump(matter, sort_keys=False, allow_unicode=True))
 
 
-def _numbers(metrics: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> str:
+def _numbers(metrics: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]], rounded: bool) -> str:
     rows = [(k, v) for k, v in metrics.items() if isinstance(v, int | float) and not isinstance(v, bool)]
     measured = f"{markdown(evaluations)}\n" if evaluations else ""
     if not rows:
         return measured or "No numbers came with these weights; run `lalic.eval` as above.\n"
+    before = "; before the weights were rounded to float16" if rounded else ""
     body = "".join(f"| {key} | {_number(value)} |\n" for key, value in rows)
     return measured + (
-        "Validation during training (estimated rate, not a benchmark), from `metrics.json`:\n\n"
+        f"Validation during training (estimated rate, not a benchmark{before}), from `metrics.json`:\n\n"
         f"| | |\n|---|---|\n{body}"
     )
 

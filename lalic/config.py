@@ -92,6 +92,9 @@ class DataSection:
     """Folder that data_prep/shard.py wrote, or its URL (https://, s3:// or whatever else fsspec reads). A resumed run
     may find it elsewhere, but not with other samples."""
 
+    name: str | None = field(default=None, metadata=_MAY_CHANGE)
+    """What the training images are, in words for the model card: "BSDS500 train and val (research use)"."""
+
     endpoint: str | None = field(default=None, metadata=_MAY_CHANGE)
     """Address of an S3-compatible server that has the s3:// shards; null: Amazon's, or AWS_ENDPOINT_URL."""
 

@@ -4,6 +4,8 @@
     python -m lalic.export --sweep runs/lalic --output release/
     python -m lalic.export --checkpoint lalic-mse-q3.pth --output release/
     python -m lalic.export --checkpoint release/lalic-mse-q3 --eval kodak.json --output release/ --force
+    python -m lalic.export --run RUN --precision float16 --output weights/
+    python -m lalic.export --checkpoint weights/lalic-mse-q3 --output release/
 
 The second form takes the runs of a ladder, runs/lalic-q1 ... runs/lalic-q6, that have a checkpoint. The third bundles
 weights that come from elsewhere, such as published ones. Metric and lambda are taken from the checkpoint or from a file
@@ -12,6 +14,10 @@ name like `lalic-mse-q3.pth`; otherwise give them with `--metric` and `--quality
 
 Of a run that was trained with `train.ema`, the averaged weights are taken, which are those that were validated;
 `--weights raw` takes those of the last step.
+
+`--precision float16` writes a compact bundle: what was learned alone, rounded to float16, and no .pth file. That is
+another model than the checkpoint's, and what `--eval` adds must have been measured on the bundle. The last form makes
+the full bundle of a compact one: the same numbers and fingerprint.
 
 As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run that cannot
 be exported is told at the end, with a non-zero status, and keeps none of the others back.
@@ -27,11 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lalic.card import Licence
 from lalic.card_evaluation import joined, read_evaluations
 from lalic.errors import LalicError, run_main
 from lalic.ladder import LADDERS, lambda_of, release_name
-from lalic.release import Weights, open_checkpoint, open_weights, write_bundle
+from lalic.release import Weights, in_precision, open_checkpoint, open_weights, write_bundle
+from lalic.release_files import FLOAT16, FLOAT32
 from lalic.release_folder import check_sums, kept_sums
+from lalic.release_training import training_facts
 
 log = logging.getLogger("lalic.export")
 
@@ -41,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     check_sums(args.output)
+    _licence(args)
     if args.checkpoint is not None:
         if args.step is not None or args.best:
             raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
@@ -79,6 +89,7 @@ def _chosen(run: Path, args: argparse.Namespace) -> tuple[Path, int | None]:
 
 def _export(weights: Weights, args: argparse.Namespace) -> None:
     weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
+    weights = in_precision(weights, args.precision)
     log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
     recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema") or weights.training
     if args.evaluations:
@@ -87,7 +98,7 @@ def _export(weights: Weights, args: argparse.Namespace) -> None:
             log.warning("%s: --eval has no numbers of these weights", weights.source)
         weights.evaluations = joined(weights.evaluations, measured)
     with kept_sums(args.output, release_name(weights.loss["metric"], weights.loss["lambda"])):
-        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe, licence=args.licence)
+        folder = write_bundle(weights, args.output, force=args.force, recipe=recipe, licence=_licence(args))
     print(folder, flush=True)
 
 
@@ -135,6 +146,16 @@ def _source(run: Path, args: argparse.Namespace) -> _Source:
     return _Source(run, folder, release_name(loss["metric"], float(loss["lambda"])))
 
 
+def _licence(args: argparse.Namespace) -> Licence | None:
+    """The licence of the flags; None: the one that the weights had, or the default."""
+    if args.licence is None and args.licence_note is None:
+        return None
+    note = " ".join((args.licence_note or "").split())
+    if (args.licence or "other") == "other" and not note:
+        raise LalicError("--license other needs --license-note TEXT, which says what the weights may be used for")
+    return Licence(args.licence or "other", note)
+
+
 def _loss(weights: Weights, metric: str | None, lmbda: float | None, quality: int | None) -> dict[str, Any]:
     """Metric and lambda: what the checkpoint says, which the command line may complete but not contradict."""
     known = weights.loss
@@ -174,43 +195,6 @@ def best_step(run: Path) -> int:
     return int(best["step"])
 
 
-def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any]:
-    """What a checkpoint folder says about its training, for the model card; {} for weights from elsewhere."""
-    if not (checkpoint / "meta.json").exists():
-        return {}
-    from lalic.training.checkpoint import read_meta
-
-    meta, config = read_meta(checkpoint), _config_of(checkpoint)
-    facts: dict[str, Any] = {"steps": meta["step"]}
-    train = config.get("train") or {}
-    if isinstance(train.get("batch_size"), int):
-        facts |= {"batch size": train["batch_size"], "crops seen": meta["step"] * train["batch_size"]}
-    if train.get("precision"):
-        facts["precision of the transforms"] = train["precision"]
-    stages = [stage for stage in config.get("stages") or () if isinstance(stage, dict)]
-    if stages:
-        facts["stages"] = "; ".join(_stage(stage) for stage in stages)
-    if averaged:
-        facts["decay of the averaged weights"] = str(meta["ema"]["decay"])
-    return facts
-
-
-def _config_of(checkpoint: Path) -> dict[str, Any]:
-    """The run's config as it stood when the checkpoint was written; {} when it cannot be read."""
-    import yaml
-
-    try:
-        config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def _stage(stage: dict[str, Any]) -> str:
-    keys = {"epochs": "epochs", "steps": "steps", "lr": "learning rate", "crop": "crop"}
-    return ", ".join(f"{name} {stage[key]}" for key, name in keys.items() if stage.get(key) is not None)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lalic.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,7 +222,19 @@ def _parser() -> argparse.ArgumentParser:
         help="results of `lalic eval` on these weights, for bundle and card",
     )
     parser.add_argument(
-        "--license", dest="licence", default="mit", metavar="ID", help="of the weights, as hubs name it (%(default)s)"
+        "--precision",
+        choices=(FLOAT32, FLOAT16),
+        default=FLOAT32,
+        help="float16: a compact bundle of rounded weights, a quarter of the bytes (%(default)s)",
+    )
+    parser.add_argument(
+        "--license",
+        dest="licence",
+        metavar="ID",
+        help="of the weights, as hubs name it (default: what the card said before, or mit)",
+    )
+    parser.add_argument(
+        "--license-note", dest="licence_note", metavar="TEXT", help="words about it for the card; needed with `other`"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle that differs")
     return parser

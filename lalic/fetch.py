@@ -1,6 +1,7 @@
 """Weights by name, by path or by URL: where they lie on this machine, fetched into the cache when they lie elsewhere.
 
-    lalic-mse-q3                                  searched in LALIC_WEIGHTS, ./release, LALIC_HUB_URL, the cache
+    lalic-mse-q3                                  searched in LALIC_WEIGHTS, ./release, LALIC_HUB_URL, the cache, and
+                                                  last among those that come with the package
     https://host/release/lalic-mse-q3             a bundle's folder; every file is checked against its SHA256SUMS
     https://host/lalic-mse-q3.pth                 one weights file
     hf://owner/name[@revision][/folder]           the same at a model hub (HF_ENDPOINT, default https://huggingface.co)
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from lalic.errors import LalicError
 from lalic.fetch_cache import Address, cached_bundles, local_copy, without_suffix
+from lalic.release_builtin import builtin_bundle, builtin_names
 from lalic.release_files import CONFIG
 from lalic.remote import is_url, without_password
 
@@ -119,5 +121,10 @@ def _by_name(name: str, whole: bool) -> Path:
         raise LalicError(f"several weights called {name} are in the cache: name one of {', '.join(map(str, cached))}")
     if cached:
         return cached[0]
+    if (built_in := builtin_bundle(name)) is not None:
+        return built_in
     where = f"not in {', '.join(map(str, places))} and not in the cache" if places else "there is no ./release"
-    raise LalicError(f"no weights called {name}: {where}; give a path or URL, or set {VARIABLE} or {HUB}")
+    inside = ", ".join(builtin_names()) or "none"
+    raise LalicError(
+        f"no weights called {name}: {where} (built in: {inside}); give a path or URL, or set {VARIABLE} or {HUB}"
+    )

@@ -1,17 +1,19 @@
 """Release bundles: a folder that holds one model in a form that people can keep, check and use.
 
     release/lalic-mse-q3/
-        lalic-mse-q3.pth     plain state dict in the published layout
-        model.safetensors    the same tensors, the hyper transforms under their short names only
-        config.json          architecture, metric, lambda, quality label, step, averaged or raw, fingerprint, versions,
-                             the training, what the reference picture gives
+        lalic-mse-q3.pth     plain state dict in the published layout; absent in a compact bundle
+        model.safetensors    the same tensors, the hyper transforms under their short names only; in a compact bundle
+                             what was learned, in float16
+        config.json          architecture, metric, lambda, quality label, step, averaged or raw, precision, fingerprint,
+                             the training, licence, versions, what the reference picture gives
         metrics.json         validation metrics of the checkpoint, {} when there are none
         evaluation.json      what `lalic eval` measured; absent where nothing was given to `lalic export --eval`
         reference.lalic      a generated picture, coded; `lalic verify` decodes it (lalic.reference_picture)
         README.md            model card
         SHA256SUMS           checksums of all the files above, for `sha256sum -c`
 
-Nothing in a bundle is ever unpickled as code.
+The model of a compact bundle is exactly its float16 numbers (lalic.model.compact): fingerprint, reference picture and
+evaluation are of these. Nothing in a bundle is ever unpickled as code.
 """
 
 from __future__ import annotations
@@ -20,22 +22,45 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from lalic.card import Licence
 from lalic.errors import LalicError
 from lalic.fetch import address_of, resolve
 from lalic.fetch_cache import forget, without_suffix
 from lalic.files import fsync_folder
 from lalic.ladder import release_name
 from lalic.model import LALIC, fingerprint, load_weights
+from lalic.model.compact import is_rounded, rounded
+from lalic.release_builtin import damaged, is_builtin
 from lalic.release_contents import fill_bundle
-from lalic.release_files import CONFIG, EVALUATION, METRICS, SAFETENSORS, SUMS, read_extra, verify_bundle
+from lalic.release_files import (
+    CONFIG,
+    EVALUATION,
+    FLOAT16,
+    FLOAT32,
+    METRICS,
+    SAFETENSORS,
+    SUMS,
+    read_extra,
+    verify_bundle,
+)
 from lalic.versions import versions
 
-__all__ = ["Kind", "Weights", "open_checkpoint", "open_weights", "stem_of", "verify_bundle", "versions", "write_bundle"]
+__all__ = [
+    "Kind",
+    "Weights",
+    "in_precision",
+    "open_checkpoint",
+    "open_weights",
+    "stem_of",
+    "verify_bundle",
+    "versions",
+    "write_bundle",
+]
 
 Kind = Literal["ema", "raw"]
 
@@ -57,11 +82,25 @@ class Weights:
     """Of a bundle: what its configuration says of the training, as label -> text or number."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     """Of a bundle: its evaluation.json, see lalic.card_evaluation."""
+    precision: str = FLOAT32
+    """Of a bundle: FLOAT32 or FLOAT16, that of its model.safetensors. The model itself is float32 always."""
+    licence: Licence | None = None
+    """Of a bundle: that of its card, where its configuration tells it."""
 
     @cached_property
     def fingerprint(self) -> str:
         """`lalic.model.fingerprint` of the model, computed once: it takes seconds for the published size."""
         return fingerprint(self.model)
+
+
+def in_precision(weights: Weights, precision: str) -> Weights:
+    """The weights as a bundle of a precision holds them: FLOAT16 rounds them, which makes them other weights.
+
+    Evaluations of other numbers are left out. Raises LalicError for numbers that float16 does not reach.
+    """
+    if precision == FLOAT16 and not is_rounded(weights.model):
+        weights = replace(weights, model=rounded(weights.model, weights.source), evaluations=[])
+    return replace(weights, precision=precision)
 
 
 def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
@@ -73,11 +112,13 @@ def open_weights(place: str | Path, kind: Kind | None = None) -> Weights:
     """
     address = address_of(place)
     path = resolve(place)
-    if address is None:
-        return _open_path(path, kind)
     try:
         return _open_path(path, kind)
     except LalicError as error:
+        if kind is None and is_builtin(path):
+            raise damaged(path, error) from error
+        if address is None:
+            raise
         if path.is_file():
             forget(path)  # whatever it is, it is not kept for weights
         raise LalicError(f"{address.shown}: {error}") from error
@@ -121,6 +162,8 @@ def _open_bundle(folder: Path) -> Weights:
     name, loss = str(config.get("name", folder.name)), dict(config.get("loss") or {})
     weights = Weights(model, name, str(folder), config.get("step"), loss, kind=config.get("weights"))
     weights.training = dict(config.get("training") or {})
+    weights.precision = FLOAT16 if config.get("precision") == FLOAT16 else FLOAT32
+    weights.licence = Licence.told(config.get("license"))
     weights.metrics = read_extra(folder, METRICS, {})
     weights.evaluations = read_extra(folder, EVALUATION, [])
     if weights.fingerprint != config["fingerprint"]:
@@ -149,14 +192,16 @@ def write_bundle(
     *,
     force: bool = False,
     recipe: Mapping[str, Any] | None = None,
-    licence: str = "mit",
+    licence: Licence | None = None,
 ) -> Path:
     """Write `output/NAME/` whole or not at all; NAME follows from metric and lambda (lalic.ladder).
 
     An existing bundle of the same content is left as it is; another one is replaced only with `force`.
-    `recipe` is what the model card tells about the training, `licence` an identifier of model hubs. Raises LalicError
-    for weights that are not finite, or that cannot decode what they code.
+    `recipe` is what the model card tells about the training; `licence` is that of the weights, by default what they
+    had. Weights of precision FLOAT16 must be rounded (`in_precision`). Raises LalicError for weights that are not
+    finite, or that cannot decode what they code.
     """
+    licence = licence or weights.licence or Licence()
     metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
     name = release_name(metric, lmbda)
     target = output / name

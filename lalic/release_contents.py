@@ -12,32 +12,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lalic.card import model_card
+from lalic.card import Licence, model_card
 from lalic.codec.bitstream import model_label
 from lalic.errors import LalicError
 from lalic.files import fsync_folder, sha256_of, write_json, write_text
 from lalic.ladder import quality_of
 from lalic.metrics import json_ready
 from lalic.model import published_state_dict
+from lalic.model.compact import compact_state_dict
 from lalic.model.weights import deduplicate
 from lalic.reference_picture import code_reference
-from lalic.release_files import CARD, CONFIG, EVALUATION, FORMAT, METRICS, REFERENCE, SAFETENSORS, SUMS
+from lalic.release_files import CARD, CONFIG, EVALUATION, FLOAT16, FORMAT, METRICS, REFERENCE, SAFETENSORS, SUMS
 from lalic.versions import versions
 
 if TYPE_CHECKING:
     from lalic.release import Weights
 
 
-def fill_bundle(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any], licence: str) -> None:
+def fill_bundle(folder: Path, name: str, weights: Weights, recipe: Mapping[str, Any], licence: Licence) -> None:
     """Write the files of the bundle `name` into an empty folder, and wait until they are on the disk."""
-    state = published_state_dict(weights.model)
-    check_finite(state, weights.source)
-    torch.save(state, folder / f"{name}.pth")
-    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
-    save_file(deduplicate(state), folder / SAFETENSORS, metadata={"format": "pt"})
-    # save_file makes it readable for the owner alone.
-    shutil.copymode(folder / f"{name}.pth", folder / SAFETENSORS)
-    config = _config(name, weights, recipe)
+    _write_weights(folder, name, weights)
+    config = _config(name, weights, recipe, licence)
     label = model_label(config["loss"]["metric"], config["loss"]["lambda"])
     try:
         told = code_reference(weights.model, weights.fingerprint, label, folder / REFERENCE)
@@ -62,6 +57,21 @@ def fill_bundle(folder: Path, name: str, weights: Weights, recipe: Mapping[str, 
     fsync_folder(folder)
 
 
+def _write_weights(folder: Path, name: str, weights: Weights) -> None:
+    state = published_state_dict(weights.model)
+    check_finite(state, weights.source)
+    if weights.precision == FLOAT16:
+        once = compact_state_dict(weights.model, weights.source)
+    else:
+        once = deduplicate(state)
+        torch.save(state, folder / f"{name}.pth")
+    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
+    save_file(once, folder / SAFETENSORS, metadata={"format": "pt"})
+    # save_file makes it readable for the owner alone.
+    (folder / CONFIG).touch()
+    shutil.copymode(folder / CONFIG, folder / SAFETENSORS)
+
+
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:
     """LalicError naming the first tensor that holds NaN or infinity."""
     for key, tensor in state.items():
@@ -69,7 +79,7 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
             raise LalicError(f"{name} holds numbers that are not finite, in {key}: take another checkpoint")
 
 
-def _config(name: str, weights: Weights, recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _config(name: str, weights: Weights, recipe: Mapping[str, Any], licence: Licence) -> dict[str, Any]:
     metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
     return {
         "format": FORMAT,
@@ -79,7 +89,9 @@ def _config(name: str, weights: Weights, recipe: Mapping[str, Any]) -> dict[str,
         "quality": quality_of(metric, lmbda),
         "step": weights.step,
         "weights": weights.kind,
+        "precision": weights.precision,
         "fingerprint": weights.fingerprint,
         "training": dict(recipe),
+        "license": licence._asdict(),
         "versions": versions("lalic", "torch", "compressai"),
     }

@@ -20,6 +20,9 @@ METRICS = "metrics.json"
 EVALUATION = "evaluation.json"
 REFERENCE = "reference.lalic"
 
+FLOAT32, FLOAT16 = "float32", "float16"
+"""Of model.safetensors: float32 stands beside a .pth of the same numbers, float16 alone (a compact bundle)."""
+
 OF_A_HUB = frozenset({".gitattributes", ".git", ".cache"})
 """What git and a model hub's client put beside the files of a bundle; nothing here reads them."""
 

@@ -22,6 +22,7 @@ from lalic.files import sha256_of
 from lalic.ladder import LADDERS, quality_of, release_name
 from lalic.metrics import bits_per_pixel, decibels, estimated_bits, ms_ssim, psnr, to_rgb8, to_tensor
 from lalic.model import LALIC, fingerprint, published_state_dict
+from lalic.model.compact import learned_names
 from lalic.model.lalic import check_architecture
 from lalic.model.weights import MERGED_KERNEL, deduplicate, infer_architecture, normalise, read_state_dict
 from lalic.reference_picture import check_reference
@@ -30,6 +31,8 @@ from lalic.release_files import (
     CARD,
     CONFIG,
     EVALUATION,
+    FLOAT16,
+    FLOAT32,
     METRICS,
     REFERENCE,
     SAFETENSORS,
@@ -108,8 +111,6 @@ class _Bundle:
         known = {CONFIG, SAFETENSORS, METRICS, CARD, EVALUATION, REFERENCE, *pth[:1]}
         if missing := [name for name in (CONFIG, SAFETENSORS, METRICS, CARD) if name not in sums]:
             raise LalicError(f"{SUMS} does not list {missing[0]}")
-        if not pth:
-            raise LalicError(f"{SUMS} lists no .pth file")
         if unknown := [name for name in sums if name not in known]:
             raise LalicError(f"{SUMS} lists {unknown[0]}, which belongs to no bundle")
         for name in (*sums, SUMS):
@@ -141,19 +142,26 @@ class _Bundle:
         name = release_name(metric, lmbda)
         if (config.get("name"), config.get("quality")) != (name, quality_of(metric, lmbda)):
             raise LalicError(f"{CONFIG} is named {config.get('name')!r}, but {metric}, lambda {lmbda:g} is {name}")
-        if f"{name}.pth" not in self.sums:
+        precision, pth = config.get("precision", FLOAT32), [file for file in self.sums if file.endswith(".pth")]
+        if precision not in (FLOAT32, FLOAT16):
+            raise LalicError(f"{CONFIG}: there is no precision {precision!r}")
+        if precision == FLOAT32 and pth != [f"{name}.pth"]:
             raise LalicError(f"there is no {name}.pth")
+        if precision == FLOAT16 and pth:
+            raise LalicError(f"{pth[0]} does not belong into a bundle of float16 weights")
         for file, kind in ((METRICS, dict), (EVALUATION, list)):
             if file in self.sums and not isinstance(read_json(self.folder / file), kind):
                 raise LalicError(f"{file} is not what it should be")
         self.config = config
-        return f"{name}: dims {model['dims']}, depths {model['depths']}, groups {model['groups']}"
+        return f"{name}: dims {model['dims']}, depths {model['depths']}, groups {model['groups']}, {precision}"
 
     def weights(self) -> str:
         """The safetensors file: strictly the layout that the configuration tells, finite, with its fingerprint."""
         state = read_state_dict(self.folder / SAFETENSORS)
-        if wrong := next((n for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float32), None):
-            raise LalicError(f"{SAFETENSORS}: {wrong} is {state[wrong].dtype}, not float32")
+        precision = FLOAT16 if self.compact else FLOAT32
+        dtype = getattr(torch, precision)
+        if wrong := next((n for n, t in state.items() if t.is_floating_point() and t.dtype != dtype), None):
+            raise LalicError(f"{SAFETENSORS}: {wrong} is {state[wrong].dtype}, not {precision}")
         check_finite(state, SAFETENSORS)
         told = self.config["model"]
         try:
@@ -167,7 +175,7 @@ class _Bundle:
             raise LalicError(f"{SAFETENSORS} does not fit {CONFIG}: {' '.join(str(error).split())[:300]}") from error
         self.model = model.eval()
         self.state = published_state_dict(self.model)
-        if odd := sorted(set(state) ^ set(deduplicate(self.state))):
+        if odd := sorted(set(state) ^ set(learned_names(model) if self.compact else deduplicate(self.state))):
             raise LalicError(f"{SAFETENSORS} has other tensors than a release: {odd[0]}")
         digest = fingerprint(self.model)
         if digest != self.config["fingerprint"]:
@@ -175,8 +183,14 @@ class _Bundle:
         numbers = sum(t.numel() for t in self.model.parameters())
         return f"{len(state)} tensors, {numbers / 1e6:.2f} M parameters, finite, fingerprint {digest[:16]}"
 
+    @property
+    def compact(self) -> bool:
+        return self.config.get("precision") == FLOAT16
+
     def published(self) -> str:
         """The .pth file: the published layout, name for name, with the numbers of the other file."""
+        if self.compact:
+            return "not checked: a compact bundle has no .pth; `lalic export --checkpoint` makes the full one"
         path = self.folder / f"{self.config['name']}.pth"
         _check_zip(path)
         found = read_state_dict(path)

@@ -376,8 +376,8 @@ class TestLabels:
         assert labels_of([checkpoint], None) == [label]
 
     def test_missing_release(self, images: Path) -> None:
-        with pytest.raises(LalicError, match="lalic-mse-q3"):
-            main(["-p", "lalic-mse-q3", "-i", str(images)])
+        with pytest.raises(LalicError, match="lalic-ms-ssim-q1"):
+            main(["-p", "lalic-ms-ssim-q1", "-i", str(images)])
 
 
 class TestBadInput:

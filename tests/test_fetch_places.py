@@ -13,7 +13,7 @@ from PIL import Image
 from test_export import tiny_model, weights_of
 from test_fetch import HASTE, NAME, _files, asked, bucket, down, in_cache, url  # noqa: F401 -- fixtures among them
 
-from lalic import fetch, fetch_cache, load
+from lalic import fetch, fetch_cache, load, release_builtin
 from lalic.codec import cli
 from lalic.codec.weights import weights_for
 from lalic.errors import LalicError
@@ -22,6 +22,13 @@ from lalic.release import open_weights, write_bundle
 from lalic.training.inputs import new_model
 
 # ruff: noqa: F811 -- fixtures are arguments of the same name
+
+
+@pytest.fixture(autouse=True)
+def _none_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes with the package would be found last; tests/test_builtin.py has it."""
+    monkeypatch.setattr(release_builtin, "builtin_folder", lambda: None)
+
 
 PLACES = ["release/lalic-mse-q3", "release/lalic-mse-q3/lalic-mse-q3.pth"]
 

@@ -1,8 +1,12 @@
 """`lalic compress`, `lalic decompress` and `lalic info`.
 
-    lalic compress photo.png photo.lalic --weights W
+    lalic compress photo.png photo.lalic [--quality 3 | --weights W]
     lalic decompress photo.lalic photo.png [--weights W]
     lalic info photo.lalic
+
+Weights: those of `--weights` (a path, a name or a URL); else what LALIC_WEIGHTS or ./release hold, the only ones or
+those of `--quality`; else the ones that come with the package. A file is decoded by the weights that wrote it, which
+are found by its fingerprint.
 
 An existing output is kept unless `--force` is given. Output files are written whole or not at all. What needs
 torch is imported only when it is needed, so that `info` and errors come at once.
@@ -17,8 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lalic.codec import bitstream
+from lalic.codec.reach import at_hand, built_in_qualities, weights_of_quality
+from lalic.codec.startup import import_compressai
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open
+from lalic.release_builtin import DEFAULT_QUALITY
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
@@ -27,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
     try:
         if args.command == "compress":
-            options = (args.weights, args.force, args.max_pixels, args.arithmetic, args.verify)
+            options = (args.weights, args.quality, args.force, args.max_pixels, args.arithmetic, args.verify)
             return compress(args.picture, args.file, *options)
         if args.command == "decompress":
             return decompress(args.file, args.picture, args.weights, args.force, args.max_pixels)
@@ -37,20 +44,31 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def compress(
-    source: Path, target: Path, weights_path: str | None, force: bool, max_pixels: int, arithmetic: str, verify: bool
+    source: Path,
+    target: Path,
+    weights_path: str | None,
+    quality: int | None,
+    force: bool,
+    max_pixels: int,
+    arithmetic: str,
+    verify: bool,
 ) -> int:
-    """Write the picture `source` as the `.lalic` file `target`; `verify` decodes it again first."""
+    """Write the picture `source` as the `.lalic` file `target`; `verify` decodes it again first.
+
+    Without `weights_path`, weights of a `quality`, or the default ones (lalic.codec.reach).
+    """
     _check_target(target, source, force)
     from lalic.codec.pictures import decode_picture, encode_picture, read_picture
 
     picture = read_picture(source, max_pixels)
+    chosen = weights_path or weights_of_quality(quality)
+    import_compressai()
     import torch
 
-    from lalic.codec.weights import default_weights
     from lalic.release import open_weights
 
     height, width = picture.rgb.shape[:2]
-    weights = open_weights(weights_path or default_weights())
+    weights = open_weights(chosen)
     weights.model.update()
     torch.set_num_threads(min(torch.get_num_threads(), bitstream.MAX_THREADS))
     _build_operator()
@@ -80,6 +98,7 @@ def decompress(source: Path, target: Path, weights_path: str | None, force: bool
     _check_target(target, source, force)
     parsed, size = bitstream.read(source, max_pixels)
     check_colour(target, parsed.image.colour == bitstream.GRAY)
+    import_compressai()
     import torch
 
     from lalic.codec.weights import weights_for
@@ -106,7 +125,7 @@ def decompress(source: Path, target: Path, weights_path: str | None, force: bool
 
 
 def info(source: Path) -> int:
-    """Print what a `.lalic` file says about itself; needs no weights."""
+    """Print what a `.lalic` file says about itself, and whether its weights are at hand; loads none."""
     parsed, size = bitstream.read(source, max_pixels=bitstream.MAX_SIDE**2)
     image = parsed.image
     threads = f", {parsed.threads} threads" if parsed.threads else ""
@@ -114,6 +133,7 @@ def info(source: Path) -> int:
     print(f"{source}: LALIC picture, format version {bitstream.VERSION}, checksums good")
     print(f"size:       {image.width} x {image.height}, {bitstream.BIT_DEPTH}-bit {channels}")
     print(f"model:      {parsed.model_name}")
+    print(f"weights:    {at_hand(parsed)}")
     print(f"bytes:      {size} = {_parts(image, size)}")
     print(f"rate:       {size * 8 / (image.height * image.width):.4f} bpp")
     if image.arithmetic == bitstream.FLOAT32:
@@ -177,7 +197,17 @@ def _parser() -> argparse.ArgumentParser:
         "picture", type=Path, help="JPEG, PNG, WebP, TIFF, ...; coded as 8-bit RGB or gray, with alpha"
     )
     encoder.add_argument("file", type=Path, help=".lalic file to write")
-    encoder.add_argument("--weights", help=f"{weights} (default: the one in $LALIC_WEIGHTS or ./release)")
+    which = encoder.add_mutually_exclusive_group()
+    which.add_argument("--weights", help=f"{weights}: path, name or URL")
+    there = (
+        f"built in: {', '.join(map(str, built_in_qualities())) or 'none'}; {DEFAULT_QUALITY} where several are there"
+    )
+    which.add_argument(
+        "--quality",
+        type=int,
+        metavar="Q",
+        help=f"rung of the quality ladder, larger files for larger numbers ({there})",
+    )
     encoder.add_argument(
         "--arithmetic",
         choices=(bitstream.FLOAT64, bitstream.FLOAT32),
@@ -191,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     decoder.add_argument("picture", type=Path, help=f"picture to write ({', '.join(LOSSLESS)})")
     decoder.add_argument(
         "--weights",
-        help=f"{weights} (default: found by the file's fingerprint in $LALIC_WEIGHTS, ./release)",
+        help=f"{weights} (default: found by the file's fingerprint in $LALIC_WEIGHTS, ./release, the built-in ones)",
     )
     for command in (encoder, decoder):
         command.add_argument("--force", action="store_true", help="replace an existing output")

@@ -30,7 +30,7 @@ from compressai.models.utils import conv, deconv
 from compressai.registry import register_model
 from torch import Tensor, nn
 
-from lalic.model import coding, weights
+from lalic.model import coding, compact, weights
 from lalic.model.blocks import BiRWKVBlock, CheckerboardConv, EntropyParameters, EntropyParametersBlock, run_layers
 from lalic.model.entropy import Bottleneck, Checkerboard
 
@@ -204,9 +204,12 @@ class LALIC(SimpleVAECompressionModel):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load any LALIC state dict of this architecture (see `lalic.model.weights.normalise`).
 
-        Coding tables are derived and never read from a file; call `update()` before coding.
+        Coding tables are derived and never read from a file; call `update()` before coding. Float16 tensors become
+        float32, and may be those of a compact file alone (lalic.model.compact).
         """
         state_dict = weights.normalise(state_dict)
+        if compact.is_compact(state_dict):
+            state_dict = weights.normalise(compact.with_constants(state_dict, self))
         return nn.Module.load_state_dict(self, state_dict, strict=strict, assign=assign)
 
     @classmethod

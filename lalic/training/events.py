@@ -4,7 +4,7 @@
 
 log.jsonl is cut back where a resumed run does steps again; this file is not: it is the history of interruptions.
 
-    started            a new run: total_steps                 skipped        a step that was not finite
+    started            a new run: total_steps, init_from      skipped        a step that was not finite
     resumed            total_steps, world_size_before,        rollback       from_step, to_step
                        changed                                stopped        reason
     checkpoint         stopped_seconds, write_seconds, bytes  stalled        ranks, message

@@ -19,6 +19,7 @@ from lalic.data.source import open_shards
 from lalic.errors import LalicError
 from lalic.fetch import resolve
 from lalic.model import LALIC, load_weights
+from lalic.release_training import started_from
 from lalic.remote import without_password
 from lalic.training import checkpoint
 from lalic.training.distributed import seed_from
@@ -39,6 +40,8 @@ class Inputs:
     model: LALIC
     saved: dict[str, Any] | None
     """Of the checkpoint to resume from: "meta", "optimizer", "average" (None: it has none) and "rng"."""
+    origin: dict[str, Any]
+    """Of a new run with `train.init_from`: {"init_from": {"name", "step"}}, for events.jsonl."""
 
 
 def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
@@ -57,7 +60,7 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if resume_from is None:
-        return Inputs(reader, images, schedule, new_model(config), None)
+        return Inputs(reader, images, schedule, new_model(config), None, _origin(config))
     saved = {
         "meta": checkpoint.read_meta(resume_from),
         "optimizer": checkpoint.load_tensors(resume_from, "optimizer.pt"),
@@ -69,16 +72,14 @@ def read_inputs(config: RunConfig, resume_from: Path | None) -> Inputs:
             f"{without_password(data.shards)} does not hold the samples that this run was started on: point "
             "data.shards at them, or use another run.dir"
         )
-    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from, "raw"), saved)
+    return Inputs(reader, images, schedule, checkpoint.load_model(resume_from, "raw"), saved, {})
 
 
 def new_model(config: RunConfig) -> LALIC:
     """The model of a new run: fresh weights, or those of `train.init_from`."""
     if config.train.init_from is None:
         return LALIC(**config.model.arguments())
-    source = resolve(config.train.init_from)
-    if (source / checkpoint.FOLDER).is_dir():
-        source = checkpoint.find_checkpoint(source)
+    source = _source(config.train.init_from)
     found = checkpoint.load_model(source) if (source / checkpoint.META).exists() else load_weights(source)
     model = LALIC(**config.model.arguments())
     try:
@@ -91,3 +92,14 @@ def new_model(config: RunConfig) -> LALIC:
         ) from error
     logger.info("weights from %s%s", source, ", averaged" if checkpoint.has_average(source) else "")
     return model
+
+
+def _source(init_from: str) -> Path:
+    """The weights file, bundle or checkpoint folder that `train.init_from` means."""
+    source = resolve(init_from)
+    return checkpoint.find_checkpoint(source) if (source / checkpoint.FOLDER).is_dir() else source
+
+
+def _origin(config: RunConfig) -> dict[str, Any]:
+    init_from = config.train.init_from
+    return {} if init_from is None else {"init_from": started_from(init_from, _source(init_from))}

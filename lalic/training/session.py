@@ -72,7 +72,7 @@ class Session:
         else:
             logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
             if accelerator.is_main_process:
-                events.record("started", 0, total_steps=self.schedule.total_steps, **job())
+                events.record("started", 0, total_steps=self.schedule.total_steps, **inputs.origin, **job())
         self.tracker.open(self.step)
 
     @property
