@@ -1,7 +1,7 @@
 """Peak memory and time of encoding and decoding pictures of several sizes, whole and in strips.
 
-    python benchmarks/codec_memory.py [--model full|medium|small|demo] [--size W H ...] [--ways default whole] [--threads 2]
-                                      [--device cpu|cuda] [--limit-gib 16] [--output FILE.json]
+    python benchmarks/codec_memory.py [--model full|medium|small|demo] [--size W H ...] [--ways default whole]
+                                      [--threads 2] [--device cpu|cuda] [--limit-gib 16] [--output FILE.json]
 
     default   as the codec does it: strips (lalic/model/strips.py) where a tensor would be larger than a limit
     whole     every layer on the whole picture at once

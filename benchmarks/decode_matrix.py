@@ -169,7 +169,7 @@ def print_row(row: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the matrix, write it where asked; 1 when a float64 file did not decode to the encoder's latents."""
     parser = argparse.ArgumentParser(prog="benchmarks/decode_matrix.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=["medium", "stress"], help="medium, full, demo, stress, or bundles")
+    parser.add_argument("--model", nargs="+", default=["medium", "stress"], help="names of configs, stress, or bundles")
     parser.add_argument("--images", nargs="+", type=Path, help="photographs to encode")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--few", action="store_true", help="differ from the encoder in one point at a time")

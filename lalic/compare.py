@@ -1,7 +1,7 @@
 """A photograph beside its LALIC file, and beside other codecs at equal bytes.
 
-    lalic compare PHOTO [PHOTO ...] -o FOLDER [--weights W] [--formats jpeg webp avif] [--crop LEFT,TOP,WIDTH,HEIGHT]
-                  [--zoom 4] [--files]
+    lalic compare PHOTO [PHOTO ...] -o FOLDER [--quality Q | --weights W] [--formats jpeg webp avif]
+                  [--crop LEFT,TOP,WIDTH,HEIGHT] [--zoom 4] [--files]
 
 For each photograph FOLDER/NAME-compared.png: the original, what comes out of its .lalic file, and of each format the
 file of the highest quality that is not larger than the .lalic file (JPEG: 4:2:0, optimised tables, progressive where
@@ -158,10 +158,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     import torch
 
     from lalic.codec.bitstream import MAX_THREADS
-    from lalic.codec.weights import default_weights
+    from lalic.codec.reach import weights_of_quality
     from lalic.release import open_weights
 
-    weights = open_weights(args.weights or default_weights())
+    weights = open_weights(args.weights or weights_of_quality(args.quality))
     weights.model.update()
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -208,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a photograph, or a folder of them")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the sheets go")
-    parser.add_argument("--weights", help="of any kind that lalic compress takes (default: the same as there)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quality", type=int, metavar="Q", help="rung of the quality ladder, as for lalic compress")
+    which.add_argument("--weights", help="of any kind that lalic compress takes (default: the same as there)")
     parser.add_argument(
         "--formats", nargs="*", default=["jpeg"], metavar="FORMAT",
         help=f"to compare with (default: jpeg): {', '.join(f.lower() for f in FORMATS)}",

@@ -196,6 +196,17 @@ class TestCommand:
         sheet = Image.open(out / "sea-compared.png")
         assert sheet.width == 2 * CELL + 16  # four versions: two rows of two
 
+    def test_weights_are_chosen_as_for_compress(
+        self, photo: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("LALIC_WEIGHTS", str(weights))
+        main([str(photo), "-o", "out", "--formats", "--quality", "3"])
+        assert "LALIC, lalic-mse-q3" in capsys.readouterr().out
+        with pytest.raises(LalicError, match="of quality 6"):
+            main([str(photo), "-o", "out", "--quality", "6"])
+        with pytest.raises(SystemExit):
+            main([str(photo), "-o", "out", "--quality", "3", "--weights", str(weights)])
+
     def test_same_photograph_same_sheet(self, photo: Path, weights: Path, tmp_path: Path) -> None:
         Image.fromarray(photo_like(64, 64)).save(photo)
         sheets = []
