@@ -6,8 +6,8 @@ The published code in CHECKOUT (nothing in it is changed) makes a cut-down model
 optimisers with its configure_optimizers, and goes through two epochs of 25 batches with its train_one_epoch, the clip
 at 1.0 and its learning rates, 1e-4 and then 1e-5 by its scheduler. Ours takes the same 50 steps with what lalic.train
 runs, lalic.training.step.TrainStep. Of the published code two things are replaced: its operator, which exists for CUDA
-alone, by the operator's formula in plain PyTorch (all pairs of tokens), and what draws the noise, on both sides, because
-the order in which noise is drawn follows the layout in memory (benchmarks/same_steps.py).
+alone, by the operator's formula in plain PyTorch (all pairs of tokens); and, on both sides, what draws the noise,
+because the order in which it is drawn follows the layout in memory (benchmarks/same_steps.py).
 
 Both go in float32 and in float64. In float64 rounding is so small that any difference of method would stand out; the
 last rows show by how much, for our step with one detail of the recipe changed. Ends with 1 when ours and theirs are
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import runpy
 import statistics
 import sys

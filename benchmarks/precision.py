@@ -4,8 +4,8 @@ python benchmarks/precision.py bsds500/train --val bsds500/val --work runs/preci
     --output benchmarks/results/precision_cpu.json --picture docs/precision.png
 
 Every run is what people start: `accelerate launch -m lalic.train`, the structure of configs/small.yaml cut down, one
-thread. The runs of one seed have the same start, batches, crops and noise; they differ in `train.precision` alone, or,
-for the second one, in float32 with the limit of the gradient norm one rounding step higher. That run says how far
+thread. The runs of one seed have the same start, batches, crops and noise; they differ in `train.precision` alone. One
+more run, of the first seed, is in float32 with the limit of the gradient norm one rounding step higher. It says how far
 float32 ends from itself, and the seeds how far runs end apart anyway: without them a difference says nothing.
 
 Compared are the mean training loss of the last tenth of the steps, which all runs of a seed take over the same crops,
@@ -31,12 +31,16 @@ from benchmarks.backends import launch  # noqa: E402 -- found from the checkout
 from benchmarks.machine import describe  # noqa: E402
 
 REFERENCE = "fp32"
+ROUNDED = "fp32, rounded"
 RUNS = {
     REFERENCE: ["train.precision=fp32"],
-    "fp32, rounded": ["train.precision=fp32", f"train.clip={1 + 2**-23}"],
+    ROUNDED: ["train.precision=fp32", f"train.clip={1 + 2**-23}"],
     "bf16": ["train.precision=bf16"],
 }
-"""The first one is what the others of the same seed are compared with."""
+"""The first one is what the others of the same seed are compared with; the second one runs for the first seed alone."""
+
+Runs = dict[str, dict[str, dict[str, Any]]]
+"""{seed: {name: what `read_run` gives}}."""
 
 CONFIG = """
 model: {{N: 16, dims: [16, 24, 32, 48, 32, 24], depths: [1, 1, 1, 1], groups: [8, 16, 24]}}
@@ -95,18 +99,15 @@ def relative(value: float, reference: float) -> float:
     return value / reference - 1
 
 
-def compare(runs: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for every kind of run: where it ends, and how far from float32, seed by seed and on average.
-
-    Args:
-        runs: {seed: {name: what `read_run` gives}}.
-    """
+def compare(runs: Runs) -> list[dict[str, Any]]:
+    """A row for every kind of run: where it ends, and how far from float32, seed by seed and on average."""
     rows = []
     for name in RUNS:
+        seeds = [of_seed for of_seed in runs.values() if name in of_seed]
         row: dict[str, Any] = {"run": name}
         for what, pick in (("training", lambda r: r["training"]), ("validation", lambda r: r["validation"]["loss"])):
-            ends = [pick(of_seed[name]) for of_seed in runs.values()]
-            apart = [relative(pick(of_seed[name]), pick(of_seed[REFERENCE])) for of_seed in runs.values()]
+            ends = [pick(of_seed[name]) for of_seed in seeds]
+            apart = [relative(pick(of_seed[name]), pick(of_seed[REFERENCE])) for of_seed in seeds]
             row[what] = {
                 "loss": ends,
                 "mean": statistics.fmean(ends),
@@ -115,13 +116,13 @@ def compare(runs: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:
                 "mean_from_reference": statistics.fmean(apart),
             }
         for value in ("bpp", "psnr"):
-            row["validation"][value] = [of_seed[name]["validation"][value] for of_seed in runs.values()]
-        row["skipped"] = sum(of_seed[name]["skipped"] for of_seed in runs.values())
+            row["validation"][value] = [of_seed[name]["validation"][value] for of_seed in seeds]
+        row["skipped"] = sum(of_seed[name]["skipped"] for of_seed in seeds)
         rows.append(row)
     return rows
 
 
-def draw(path: Path, runs: dict[str, dict[str, dict[str, Any]]], window: int) -> None:
+def draw(path: Path, runs: Runs, window: int) -> None:
     """The curves, and below how far each lies from float32 of its seed."""
     import matplotlib
 
@@ -133,8 +134,8 @@ def draw(path: Path, runs: dict[str, dict[str, dict[str, Any]]], window: int) ->
         style = ("-", "--", ":")[number % 3]
         reference = of_seed[REFERENCE]["curve"]
         steps = [window * (i + 1) for i in range(len(reference))]
-        for colour, (name, run) in enumerate(of_seed.items()):
-            look = {"color": f"C{colour}", "linestyle": style, "linewidth": 1}
+        for name, run in of_seed.items():
+            look = {"color": f"C{list(RUNS).index(name)}", "linestyle": style, "linewidth": 1}
             upper.plot(steps, run["curve"], label=f"{name}, seed {seed}", **look)
             if name != REFERENCE:
                 lower.plot(steps, [100 * relative(*pair) for pair in zip(run["curve"], reference, strict=True)], **look)
@@ -153,10 +154,12 @@ def draw(path: Path, runs: dict[str, dict[str, dict[str, Any]]], window: int) ->
 def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All runs, one after the other, and what lies between them; printed as they come."""
     config = make_inputs(work, arguments)
-    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    runs: Runs = {}
     for seed in map(str, arguments.seeds):
         runs[seed] = {}
         for name, settings in RUNS.items():
+            if name == ROUNDED and len(runs) > 1:
+                continue
             folder = work / f"{name.replace(', ', '-')}-{seed}"
             records = launch("cpu1", config, folder, [f"run.seed={seed}", *settings])
             runs[seed][name] = found = read_run(records, arguments.steps, arguments.window)
