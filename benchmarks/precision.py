@@ -4,13 +4,18 @@ python benchmarks/precision.py bsds500/train --val bsds500/val --work runs/preci
     --output benchmarks/results/precision_cpu.json --picture docs/precision.png
 
 Every run is what people start: `accelerate launch -m lalic.train`, the structure of configs/small.yaml cut down, one
-thread. The runs of one seed have the same start, batches, crops and noise; they differ in `train.precision` alone. One
-more run, of the first seed, is in float32 with the limit of the gradient norm one rounding step higher. It says how far
-float32 ends from itself, and the seeds how far runs end apart anyway: without them a difference says nothing.
+thread. There are two comparisons, in each of which all runs take the same batches, crops and noise:
 
-Compared are the mean training loss of the last tenth of the steps, which all runs of a seed take over the same crops,
-and the loss of the averaged weights on held-out photographs. Ends with 1 when the mean over the seeds of bf16's
-difference from float32 is above `--limit` in either. Stopped and started again with the same --work, it goes on.
+    new         from new weights
+    trained     from the averaged weights at the end of the new float32 run
+
+Beside float32 and bf16 there are runs that say how far float32 ends from itself, without which a difference says
+nothing: once with the start rounded to bf16, so that it parts from the first step on as bf16 does, and for the new
+weights also with the limit of the gradient norm one float32 rounding step higher, which tells after a hundred steps.
+
+Compared are the mean training loss of the last tenth of the steps and the loss of the averaged weights on held-out
+photographs. Ends with 1 when the trained run in bf16 ends farther from float32 than `--limit` in either. Stopped and
+started again with the same --work, it goes on.
 """
 
 from __future__ import annotations
@@ -27,27 +32,34 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.backends import launch  # noqa: E402 -- found from the checkout
+import torch  # noqa: E402 -- found from the checkout
+
+from benchmarks.backends import launch  # noqa: E402
 from benchmarks.machine import describe  # noqa: E402
 
-REFERENCE = "fp32"
-ROUNDED = "fp32, rounded"
-RUNS = {
-    REFERENCE: ["train.precision=fp32"],
-    ROUNDED: ["train.precision=fp32", f"train.clip={1 + 2**-23}"],
-    "bf16": ["train.precision=bf16"],
+REFERENCE, ROUNDED, BF16 = "fp32", "fp32, start rounded", "bf16"
+NEW, TRAINED = "new", "trained"
+KINDS = {
+    NEW: {
+        REFERENCE: [],
+        "fp32, clip rounded": [f"train.clip={1 + 2**-23}"],
+        BF16: ["train.precision=bf16"],
+        ROUNDED: [],
+    },
+    TRAINED: {REFERENCE: [], BF16: ["train.precision=bf16"], ROUNDED: []},
 }
-"""The first one is what the others of the same seed are compared with; the second one runs for the first seed alone."""
+"""Of each comparison the runs, and what they change; the first one is what the others are compared with."""
 
 Runs = dict[str, dict[str, dict[str, Any]]]
-"""{seed: {name: what `read_run` gives}}."""
+"""{comparison: {run: what `read_run` gives}}."""
 
 CONFIG = """
+run: {{seed: {seed}}}
 model: {{N: 16, dims: [16, 24, 32, 48, 32, 24], depths: [1, 1, 1, 1], groups: [8, 16, 24]}}
 data: {{shards: {shards}, workers: 0, flip: true, val: {val}, val_crop: 128}}
 loss: {{metric: mse, quality: 3}}
 train: {{batch_size: {batch}, aux_lr: 1e-2, cpu_threads: 1, ema: 0.99}}
-stages: [{{steps: {first}, lr: 1e-3, crop: 64}}, {{steps: {last}, lr: 1e-4, crop: 64}}]
+stages: [{{steps: {first}, lr: {lr}, crop: 64}}, {{steps: {last}, lr: {last_lr}, crop: 64}}]
 validate: {{every: {steps}}}
 checkpoint: {{every: 250, keep: 1}}
 log: {{every: {window}, images: 0}}
@@ -55,25 +67,54 @@ log: {{every: {window}, images: 0}}
 """The last fifth of the steps has a tenth of the learning rate, as a run has when it ends."""
 
 
-def make_inputs(work: Path, arguments: argparse.Namespace) -> Path:
-    """Shards of the photographs, and the config of the runs; what is there already stays."""
-    from lalic.data_prep import shard
-
-    shard.main(["--input", str(arguments.folder.resolve()), "--output", str(work / "shards"), "--workers", "1"])
-    steps, last = arguments.steps, arguments.steps // 5
-    config = work / "precision.yaml"
+def make_config(work: Path, comparison: str, arguments: argparse.Namespace) -> Path:
+    """The config of the runs of one comparison."""
+    new = comparison == NEW
+    steps, lr = (arguments.steps, 1e-3) if new else (arguments.more_steps, 3e-4)
+    last = steps // 5
+    config = work / f"{comparison}.yaml"
     config.write_text(
         CONFIG.format(
             shards=json.dumps(str(work / "shards")),
             val=json.dumps(str(arguments.val.resolve())),
             batch=arguments.batch,
+            # Other crops than those that the weights were trained on.
+            seed=arguments.seed if new else arguments.seed + 1,
             first=steps - last,
             last=last,
+            lr=lr,
+            last_lr=lr / 10,
             steps=steps,
             window=arguments.window,
         )
     )
     return config
+
+
+def start_from(work: Path, config: Path, comparison: str, *, rounded: bool) -> list[str]:
+    """The setting that makes a run start where all runs of the comparison do, rounded to bf16 if so asked."""
+    from lalic.config import read_config
+    from lalic.model import LALIC, published_state_dict
+    from lalic.training import checkpoint
+    from lalic.training.distributed import seed_from
+
+    trained = work / f"{NEW}-{folder_name(REFERENCE)}"
+    if not rounded:
+        return [] if comparison == NEW else [f"train.init_from={trained}"]
+    if comparison == NEW:
+        described = read_config(config)
+        torch.manual_seed(seed_from(described.run.seed))  # as a new run does
+        model = LALIC(**described.model.arguments())
+    else:
+        model = checkpoint.load_model(checkpoint.find_checkpoint(trained))
+    state = published_state_dict(model)
+    path = work / f"{comparison}-start-rounded.pth"
+    torch.save({n: t.bfloat16().float() if t.is_floating_point() else t for n, t in state.items()}, path)
+    return [f"train.init_from={path}"]
+
+
+def folder_name(run: str) -> str:
+    return run.replace(",", "").replace(" ", "-")
 
 
 def read_run(records: list[dict[str, Any]], steps: int, window: int) -> dict[str, Any]:
@@ -100,51 +141,51 @@ def relative(value: float, reference: float) -> float:
 
 
 def compare(runs: Runs) -> list[dict[str, Any]]:
-    """A row for every kind of run: where it ends, and how far from float32, seed by seed and on average."""
+    """A row for every run: where it ends, and how far from float32 of the same comparison."""
     rows = []
-    for name in RUNS:
-        seeds = [of_seed for of_seed in runs.values() if name in of_seed]
-        row: dict[str, Any] = {"run": name}
-        for what, pick in (("training", lambda r: r["training"]), ("validation", lambda r: r["validation"]["loss"])):
-            ends = [pick(of_seed[name]) for of_seed in seeds]
-            apart = [relative(pick(of_seed[name]), pick(of_seed[REFERENCE])) for of_seed in seeds]
-            row[what] = {
-                "loss": ends,
-                "mean": statistics.fmean(ends),
-                "seeds_apart": (max(ends) - min(ends)) / statistics.fmean(ends),
-                "from_reference": apart,
-                "mean_from_reference": statistics.fmean(apart),
-            }
-        for value in ("bpp", "psnr"):
-            row["validation"][value] = [of_seed[name]["validation"][value] for of_seed in seeds]
-        row["skipped"] = sum(of_seed[name]["skipped"] for of_seed in seeds)
-        rows.append(row)
+    for comparison, found in runs.items():
+        reference = found[REFERENCE]
+        for name, run in found.items():
+            ends = {"training": run["training"], "validation": run["validation"]["loss"]}
+            begins = {"training": reference["training"], "validation": reference["validation"]["loss"]}
+            rows.append(
+                {
+                    "comparison": comparison,
+                    "run": name,
+                    **ends,
+                    "from_fp32": {what: relative(ends[what], begins[what]) for what in ends},
+                    "bpp": run["validation"]["bpp"],
+                    "psnr": run["validation"]["psnr"],
+                    "skipped": run["skipped"],
+                }
+            )
     return rows
 
 
 def draw(path: Path, runs: Runs, window: int) -> None:
-    """The curves, and below how far each lies from float32 of its seed."""
+    """The curves of both comparisons, and below how far each lies from its float32."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(6.4, 4.8), sharex=True, height_ratios=(3, 2))
-    for number, (seed, of_seed) in enumerate(runs.items()):
-        style = ("-", "--", ":")[number % 3]
-        reference = of_seed[REFERENCE]["curve"]
+    figure, axes = plt.subplots(2, len(runs), figsize=(8, 4.8), sharex="col", height_ratios=(3, 2), squeeze=False)
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(n for found in runs.values() for n in found))}
+    for (upper, lower), (comparison, found) in zip(axes.T, runs.items(), strict=True):
+        reference = found[REFERENCE]["curve"]
         steps = [window * (i + 1) for i in range(len(reference))]
-        for name, run in of_seed.items():
-            look = {"color": f"C{list(RUNS).index(name)}", "linestyle": style, "linewidth": 1}
-            upper.plot(steps, run["curve"], label=f"{name}, seed {seed}", **look)
+        for name, run in found.items():
+            look = {"color": colours[name], "linewidth": 1}
+            upper.plot(steps, run["curve"], label=name, **look)
             if name != REFERENCE:
                 lower.plot(steps, [100 * relative(*pair) for pair in zip(run["curve"], reference, strict=True)], **look)
-    upper.set_ylabel("training loss")
-    upper.set_yscale("log")
-    upper.legend(fontsize=8)
-    lower.axhspan(-1, 1, color="0.9")
-    lower.set_ylabel(f"from {REFERENCE}\nof the same seed, %", fontsize=8)
-    lower.set_xlabel("step")
+        upper.set_title(f"{comparison} weights", fontsize=9)
+        upper.set_yscale("log")
+        upper.legend(fontsize=7)
+        lower.axhspan(-1, 1, color="0.9")
+        lower.set_xlabel("step")
+    axes[0, 0].set_ylabel("training loss")
+    axes[1, 0].set_ylabel(f"from {REFERENCE}, %", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90, metadata={"Software": None})
@@ -153,33 +194,34 @@ def draw(path: Path, runs: Runs, window: int) -> None:
 
 def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All runs, one after the other, and what lies between them; printed as they come."""
-    config = make_inputs(work, arguments)
+    from lalic.data_prep import shard
+
+    shard.main(["--input", str(arguments.folder.resolve()), "--output", str(work / "shards"), "--workers", "1"])
     runs: Runs = {}
-    for seed in map(str, arguments.seeds):
-        runs[seed] = {}
-        for name, settings in RUNS.items():
-            if name == ROUNDED and len(runs) > 1:
-                continue
-            folder = work / f"{name.replace(', ', '-')}-{seed}"
-            records = launch("cpu1", config, folder, [f"run.seed={seed}", *settings])
-            runs[seed][name] = found = read_run(records, arguments.steps, arguments.window)
-            print(
-                f"seed {seed}, {name:14} training {found['training']:.4f} "
-                f"({100 * relative(found['training'], runs[seed][REFERENCE]['training']):+.2f} %), "
-                f"validation {found['validation']['loss']:.4f} "
-                f"({100 * relative(found['validation']['loss'], runs[seed][REFERENCE]['validation']['loss']):+.2f} %)",
-                flush=True,
-            )
+    for comparison, kinds in KINDS.items():
+        config, found = make_config(work, comparison, arguments), runs.setdefault(comparison, {})
+        steps = arguments.steps if comparison == NEW else arguments.more_steps
+        for name, settings in kinds.items():
+            folder = work / f"{comparison}-{folder_name(name)}"
+            if not (folder / "DONE").exists():
+                start = start_from(work, config, comparison, rounded=name == ROUNDED)
+                launch("cpu1", config, folder, [*start, *settings])
+            records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            found[name] = read_run(records, steps, arguments.window)
+            row = compare({comparison: found})[-1]
+            ends = (f"{what} {row[what]:.4f} ({100 * row['from_fp32'][what]:+.2f} %)" for what in row["from_fp32"])
+            print(f"{comparison + ', ' + name:28}", *ends, f"bpp {row['bpp']:.4f}", flush=True)
     if arguments.picture:
         draw(arguments.picture, runs, arguments.window)
-    settings = {k: getattr(arguments, k) for k in ("steps", "batch", "window", "limit")} | {"crop": 64}
+    names = ("steps", "more_steps", "batch", "window", "seed", "limit")
+    settings = {name: getattr(arguments, name) for name in names} | {"crop": 64}
     return {"settings": settings, "rows": compare(runs), "runs": runs}
 
 
 def missed(rows: list[dict[str, Any]], limit: float) -> list[str]:
-    """What of bf16 ends farther from float32 than the limit."""
-    bf16 = next(row for row in rows if row["run"] == "bf16")
-    return [what for what in ("training", "validation") if not abs(bf16[what]["mean_from_reference"]) <= limit]
+    """What of the trained bf16 run ends farther from float32 than the limit."""
+    (row,) = (row for row in rows if row["comparison"] == TRAINED and row["run"] == BF16)
+    return [what for what, apart in row["from_fp32"].items() if not abs(apart) <= limit]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,17 +229,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/precision.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs to train on")
     parser.add_argument("--val", type=Path, required=True, help="held-out photographs")
-    parser.add_argument("--steps", type=int, default=3000, help="a multiple of --window (%(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="of a run from new weights (%(default)s)")
+    parser.add_argument("--more-steps", type=int, default=2000, help="of a run from trained weights (%(default)s)")
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--window", type=int, default=50, help="steps that a point of a curve is the mean of")
     parser.add_argument("--limit", type=float, default=0.01, help="largest difference of bf16 from fp32 (%(default)s)")
     parser.add_argument("--work", type=Path, help="keep shards and runs in here (default: a temporary folder)")
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
-    if arguments.steps < 5 or arguments.steps % arguments.window or (arguments.steps // 5) % arguments.window:
-        parser.error(f"--steps {arguments.steps}: a fifth of it must be a multiple of --window {arguments.window}")
+    for flag, steps in (("--steps", arguments.steps), ("--more-steps", arguments.more_steps)):
+        if steps < 5 or steps % (5 * arguments.window):
+            parser.error(f"{flag} {steps}: a fifth of it must be a multiple of --window {arguments.window}")
 
     command = " ".join(["python benchmarks/precision.py", *(sys.argv[1:] if argv is None else argv)])
     if arguments.work:

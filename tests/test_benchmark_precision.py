@@ -1,0 +1,113 @@
+"""The benchmark of bf16 against float32: what it makes of the runs' logs, and a whole one in small."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkout_root import ROOT
+from photo_like import photo_like
+from PIL import Image
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import precision, tables
+
+
+def records(losses: list[float], validation: float) -> list[dict[str, Any]]:
+    """A run's log with one line for every 10 steps, the last step validated."""
+    lines: list[dict[str, Any]] = [
+        {"kind": "train", "step": 10 * (i + 1), "loss": loss, "skipped_steps_total": 0} for i, loss in enumerate(losses)
+    ]
+    last = 10 * len(losses)
+    return [*lines, {"kind": "validation", "step": last, "loss": validation, "bpp": 0.5, "psnr": 25.0}]
+
+
+def test_a_run_ends_with_the_mean_of_its_last_tenth() -> None:
+    losses = [40.0 - i for i in range(20)]
+    found = precision.read_run(records(losses, 3.0), steps=200, window=10)
+    assert found["curve"] == losses
+    assert found["training"] == pytest.approx((21 + 22) / 2)
+    assert found["validation"] == {"loss": 3.0, "bpp": 0.5, "psnr": 25.0}
+
+
+def test_a_resumed_run_counts_each_step_once() -> None:
+    again = {"kind": "train", "step": 20, "loss": 8.0, "skipped_steps_total": 0}
+    log = records([9.0, 7.0, 6.0], 3.0)
+    assert precision.read_run([*log[:2], again, *log[2:]], steps=30, window=10)["curve"] == [9.0, 8.0, 6.0]
+    with pytest.raises(SystemExit, match="lines of 2 steps instead of 3"):
+        precision.read_run([log[0], *log[2:]], steps=30, window=10)
+
+
+def runs_with(bf16: float, in_new: float = 0.5) -> precision.Runs:
+    """float32 ends at 2 from new weights and at 1 from trained ones, bf16 by the given parts above."""
+
+    def run(value: float) -> dict[str, Any]:
+        return precision.read_run(records([value] * 10, 2 * value), steps=100, window=10)
+
+    return {
+        "new": {"fp32": run(2.0), "fp32, start rounded": run(2.01), "bf16": run(2 * (1 + in_new))},
+        "trained": {"fp32": run(1.0), "bf16": run(1 + bf16)},
+    }
+
+
+def test_differences_are_taken_within_a_comparison() -> None:
+    rows = {(row["comparison"], row["run"]): row for row in precision.compare(runs_with(-0.02))}
+    for what, factor in (("training", 1), ("validation", 2)):
+        assert rows["trained", "bf16"]["from_fp32"][what] == pytest.approx(-0.02)
+        assert rows["new", "bf16"]["from_fp32"][what] == pytest.approx(0.5)
+        assert rows["new", "fp32, start rounded"]["from_fp32"][what] == pytest.approx(0.005)
+        assert rows["new", "fp32"][what] == 2 * factor and rows["new", "fp32"]["from_fp32"][what] == 0
+    text = tables.precision(
+        {"settings": SETTINGS, "environment": ENVIRONMENT, "command": "c", "rows": [*rows.values()]}
+    )
+    assert "| trained | bf16 | 0.9800 (-2.00 %) | 1.9600 (-2.00 %) | 0.5000 | 25.00 |" in text
+
+
+SETTINGS = {"steps": 100, "more_steps": 100, "batch": 4, "crop": 64}
+ENVIRONMENT = {"device": "cpu", "cpu": "X", "threads": 1, "torch": "2", "date": "2026-01-01"}
+
+
+@pytest.mark.parametrize("bf16, problems", [(0.009, 0), (0.011, 2), (-0.011, 2), (float("nan"), 2)])
+def test_the_limit_is_on_the_trained_weights(bf16: float, problems: int) -> None:
+    assert len(precision.missed(precision.compare(runs_with(bf16)), 0.01)) == problems
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--more-steps"])
+def test_steps_that_do_not_fit_the_window(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        precision.main(["photos", "--val", "photos", flag, "130", "--window", "10"])
+    assert f"{flag} 130: a fifth of it must be a multiple of --window 10" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_whole_benchmark_in_small_and_once_more(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.fromarray(photo_like(256, 272, seed=i)).save(tmp_path / "photos" / f"{i}.png")
+    output, picture, work = tmp_path / "precision.json", tmp_path / "precision.png", tmp_path / "work"
+    arguments = [str(tmp_path / "photos"), "--val", str(tmp_path / "photos"), "--steps", "10", "--more-steps", "5"]
+    arguments += ["--window", "1", "--batch", "1", "--limit", "0.5", "--work", str(work)]
+    assert precision.main([*arguments, "--output", str(output), "--picture", str(picture)]) == 0
+    result = json.loads(output.read_text())
+    assert {name: list(found) for name, found in result["runs"].items()} == {
+        "new": ["fp32", "fp32, clip rounded", "bf16", "fp32, start rounded"],
+        "trained": ["fp32", "bf16", "fp32, start rounded"],
+    }
+    for found in result["runs"].values():
+        # The same start, batch and noise, but for rounding; from the first step on, but where the clip is rounded.
+        first = {name: run["curve"][0] for name, run in found.items()}
+        assert len(set(first.values())) == 3
+        assert max(first.values()) / min(first.values()) - 1 < 0.02
+    assert first["fp32"] < 0.7 * result["runs"]["new"]["fp32"]["curve"][0]  # trained weights, averaged
+    assert picture.stat().st_size > 5000
+    # What is finished is not run again.
+    logs = {log: log.read_bytes() for log in work.glob("*/log.jsonl")}
+    assert len(logs) == 7
+    again = tmp_path / "again.json"
+    precision.main([*arguments, "--output", str(again)])
+    assert {log: log.read_bytes() for log in logs} == logs
+    assert json.loads(again.read_text())["rows"] == result["rows"]
