@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = compare(arguments.checkout.resolve(), batches)
     for row in found["rows"]:
         print(f"{row['pair']:50}", *(f"{n} {row[n]:.1e}" for n in ("loss", "gradient_norm", "weights", "quantiles")))
-    command = f"python benchmarks/parity.py CHECKOUT --images {arguments.images.name}"
+    command = f"python benchmarks/parity.py CHECKOUT --images {Path(*arguments.images.parts[-2:])}"
     settings = {"steps": len(batches), "batch": arguments.batch, "crop": arguments.crop, "model": SIZES, **RECIPE}
     result = {"command": command, "environment": describe(1), "settings": settings, "limit": arguments.limit, **found}
     if arguments.output:

@@ -9,9 +9,9 @@ thread. There are two comparisons, in each of which all runs take the same batch
     new         from new weights
     trained     from the averaged weights at the end of the new float32 run
 
-Beside float32 and bf16 there are runs that say how far float32 ends from itself, without which a difference says
-nothing: once with the start rounded to bf16, so that it parts from the first step on as bf16 does, and for the new
-weights also with the limit of the gradient norm one float32 rounding step higher, which tells after a hundred steps.
+Beside float32 and bf16 a third run says how far float32 ends from itself, without which a difference says nothing.
+From new weights it has the limit of the gradient norm one float32 rounding step higher, and parts from the first run
+after a hundred steps; from trained weights it starts with them rounded to bf16, and parts at once, as bf16 does.
 
 Compared are the mean training loss of the last tenth of the steps and the loss of the averaged weights on held-out
 photographs. Ends with 1 when the trained run in bf16 ends farther from float32 than `--limit` in either. Stopped and
@@ -39,14 +39,10 @@ from benchmarks.machine import describe  # noqa: E402
 
 REFERENCE, ROUNDED, BF16 = "fp32", "fp32, start rounded", "bf16"
 NEW, TRAINED = "new", "trained"
+BF16_SETTINGS = ["train.precision=bf16"]
 KINDS = {
-    NEW: {
-        REFERENCE: [],
-        "fp32, clip rounded": [f"train.clip={1 + 2**-23}"],
-        BF16: ["train.precision=bf16"],
-        ROUNDED: [],
-    },
-    TRAINED: {REFERENCE: [], BF16: ["train.precision=bf16"], ROUNDED: []},
+    NEW: {REFERENCE: [], "fp32, clip rounded": [f"train.clip={1 + 2**-23}"], BF16: BF16_SETTINGS},
+    TRAINED: {REFERENCE: [], BF16: BF16_SETTINGS, ROUNDED: []},
 }
 """Of each comparison the runs, and what they change; the first one is what the others are compared with."""
 
@@ -91,24 +87,18 @@ def make_config(work: Path, comparison: str, arguments: argparse.Namespace) -> P
     return config
 
 
-def start_from(work: Path, config: Path, comparison: str, *, rounded: bool) -> list[str]:
+def start_from(work: Path, comparison: str, *, rounded: bool) -> list[str]:
     """The setting that makes a run start where all runs of the comparison do, rounded to bf16 if so asked."""
-    from lalic.config import read_config
-    from lalic.model import LALIC, published_state_dict
+    from lalic.model import published_state_dict
     from lalic.training import checkpoint
-    from lalic.training.distributed import seed_from
 
+    if comparison == NEW:
+        return []
     trained = work / f"{NEW}-{folder_name(REFERENCE)}"
     if not rounded:
-        return [] if comparison == NEW else [f"train.init_from={trained}"]
-    if comparison == NEW:
-        described = read_config(config)
-        torch.manual_seed(seed_from(described.run.seed))  # as a new run does
-        model = LALIC(**described.model.arguments())
-    else:
-        model = checkpoint.load_model(checkpoint.find_checkpoint(trained))
-    state = published_state_dict(model)
-    path = work / f"{comparison}-start-rounded.pth"
+        return [f"train.init_from={trained}"]
+    state = published_state_dict(checkpoint.load_model(checkpoint.find_checkpoint(trained)))
+    path = work / "start-rounded.pth"
     torch.save({n: t.bfloat16().float() if t.is_floating_point() else t for n, t in state.items()}, path)
     return [f"train.init_from={path}"]
 
@@ -181,6 +171,8 @@ def draw(path: Path, runs: Runs, window: int) -> None:
                 lower.plot(steps, [100 * relative(*pair) for pair in zip(run["curve"], reference, strict=True)], **look)
         upper.set_title(f"{comparison} weights", fontsize=9)
         upper.set_yscale("log")
+        for axis in (upper.yaxis.set_major_formatter, upper.yaxis.set_minor_formatter):
+            axis("{x:g}")
         upper.legend(fontsize=7)
         lower.axhspan(-1, 1, color="0.9")
         lower.set_xlabel("step")
@@ -198,13 +190,14 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
     shard.main(["--input", str(arguments.folder.resolve()), "--output", str(work / "shards"), "--workers", "1"])
     runs: Runs = {}
-    for comparison, kinds in KINDS.items():
+    for comparison in arguments.comparisons:
+        kinds = KINDS[comparison]
         config, found = make_config(work, comparison, arguments), runs.setdefault(comparison, {})
         steps = arguments.steps if comparison == NEW else arguments.more_steps
         for name, settings in kinds.items():
             folder = work / f"{comparison}-{folder_name(name)}"
             if not (folder / "DONE").exists():
-                start = start_from(work, config, comparison, rounded=name == ROUNDED)
+                start = start_from(work, comparison, rounded=name == ROUNDED)
                 launch("cpu1", config, folder, [*start, *settings])
             records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
             found[name] = read_run(records, steps, arguments.window)
@@ -220,8 +213,8 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def missed(rows: list[dict[str, Any]], limit: float) -> list[str]:
     """What of the trained bf16 run ends farther from float32 than the limit."""
-    (row,) = (row for row in rows if row["comparison"] == TRAINED and row["run"] == BF16)
-    return [what for what, apart in row["from_fp32"].items() if not abs(apart) <= limit]
+    found = [row["from_fp32"] for row in rows if row["comparison"] == TRAINED and row["run"] == BF16]
+    return [what for row in found for what, apart in row.items() if not abs(apart) <= limit]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--val", type=Path, required=True, help="held-out photographs")
     parser.add_argument("--steps", type=int, default=3000, help="of a run from new weights (%(default)s)")
     parser.add_argument("--more-steps", type=int, default=2000, help="of a run from trained weights (%(default)s)")
+    parser.add_argument(
+        "--comparisons", nargs="+", choices=(NEW, TRAINED), default=[NEW, TRAINED], help="default: both"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--window", type=int, default=50, help="steps that a point of a curve is the mean of")
@@ -239,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, help="draw the curves into this file")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args(argv)
+    if NEW not in arguments.comparisons:
+        parser.error(f"--comparisons {TRAINED} needs {NEW}, whose weights it goes on from")
     for flag, steps in (("--steps", arguments.steps), ("--more-steps", arguments.more_steps)):
         if steps < 5 or steps % (5 * arguments.window):
             parser.error(f"{flag} {steps}: a fifth of it must be a multiple of --window {arguments.window}")

@@ -49,7 +49,7 @@ def runs_with(bf16: float, in_new: float = 0.5) -> precision.Runs:
         return precision.read_run(records([value] * 10, 2 * value), steps=100, window=10)
 
     return {
-        "new": {"fp32": run(2.0), "fp32, start rounded": run(2.01), "bf16": run(2 * (1 + in_new))},
+        "new": {"fp32": run(2.0), "fp32, clip rounded": run(2.01), "bf16": run(2 * (1 + in_new))},
         "trained": {"fp32": run(1.0), "bf16": run(1 + bf16)},
     }
 
@@ -59,7 +59,7 @@ def test_differences_are_taken_within_a_comparison() -> None:
     for what, factor in (("training", 1), ("validation", 2)):
         assert rows["trained", "bf16"]["from_fp32"][what] == pytest.approx(-0.02)
         assert rows["new", "bf16"]["from_fp32"][what] == pytest.approx(0.5)
-        assert rows["new", "fp32, start rounded"]["from_fp32"][what] == pytest.approx(0.005)
+        assert rows["new", "fp32, clip rounded"]["from_fp32"][what] == pytest.approx(0.005)
         assert rows["new", "fp32"][what] == 2 * factor and rows["new", "fp32"]["from_fp32"][what] == 0
     text = tables.precision(
         {"settings": SETTINGS, "environment": ENVIRONMENT, "command": "c", "rows": [*rows.values()]}
@@ -74,6 +74,14 @@ ENVIRONMENT = {"device": "cpu", "cpu": "X", "threads": 1, "torch": "2", "date": 
 @pytest.mark.parametrize("bf16, problems", [(0.009, 0), (0.011, 2), (-0.011, 2), (float("nan"), 2)])
 def test_the_limit_is_on_the_trained_weights(bf16: float, problems: int) -> None:
     assert len(precision.missed(precision.compare(runs_with(bf16)), 0.01)) == problems
+
+
+def test_new_weights_alone_are_reported_without_a_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = {"new": runs_with(0.0)["new"]}
+    assert precision.missed(precision.compare(runs), 0.01) == []
+    with pytest.raises(SystemExit):
+        precision.main(["photos", "--val", "photos", "--comparisons", "trained"])
+    assert "--comparisons trained needs new" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--more-steps"])
@@ -94,19 +102,20 @@ def test_whole_benchmark_in_small_and_once_more(tmp_path: Path) -> None:
     assert precision.main([*arguments, "--output", str(output), "--picture", str(picture)]) == 0
     result = json.loads(output.read_text())
     assert {name: list(found) for name, found in result["runs"].items()} == {
-        "new": ["fp32", "fp32, clip rounded", "bf16", "fp32, start rounded"],
+        "new": ["fp32", "fp32, clip rounded", "bf16"],
         "trained": ["fp32", "bf16", "fp32, start rounded"],
     }
-    for found in result["runs"].values():
-        # The same start, batch and noise, but for rounding; from the first step on, but where the clip is rounded.
+    for comparison, found in result["runs"].items():
+        # The same start, batch and noise, but for rounding, which is told by the first step, or by the next ones.
         first = {name: run["curve"][0] for name, run in found.items()}
-        assert len(set(first.values())) == 3
+        assert len(set(first.values())) == (2 if comparison == "new" else 3)
         assert max(first.values()) / min(first.values()) - 1 < 0.02
+        assert len({tuple(run["curve"]) for run in found.values()}) == 3
     assert first["fp32"] < 0.7 * result["runs"]["new"]["fp32"]["curve"][0]  # trained weights, averaged
     assert picture.stat().st_size > 5000
     # What is finished is not run again.
     logs = {log: log.read_bytes() for log in work.glob("*/log.jsonl")}
-    assert len(logs) == 7
+    assert len(logs) == 6
     again = tmp_path / "again.json"
     precision.main([*arguments, "--output", str(again)])
     assert {log: log.read_bytes() for log in logs} == logs
