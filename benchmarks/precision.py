@@ -33,9 +33,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 -- found from the checkout
+from torch import Tensor  # noqa: E402
 
 from benchmarks.backends import launch  # noqa: E402
 from benchmarks.machine import describe  # noqa: E402
+from benchmarks.parity import make_batches  # noqa: E402
+from lalic.ladder import lambda_of  # noqa: E402
+from lalic.model import published_state_dict  # noqa: E402
+from lalic.training import checkpoint  # noqa: E402
 
 REFERENCE, ROUNDED, BF16 = "fp32", "fp32, start rounded", "bf16"
 NEW, TRAINED = "new", "trained"
@@ -89,9 +94,6 @@ def make_config(work: Path, comparison: str, arguments: argparse.Namespace) -> P
 
 def start_from(work: Path, comparison: str, *, rounded: bool) -> list[str]:
     """The setting that makes a run start where all runs of the comparison do, rounded to bf16 if so asked."""
-    from lalic.model import published_state_dict
-    from lalic.training import checkpoint
-
     if comparison == NEW:
         return []
     trained = work / f"{NEW}-{folder_name(REFERENCE)}"
@@ -208,7 +210,61 @@ def run(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         draw(arguments.picture, runs, arguments.window)
     names = ("steps", "more_steps", "batch", "window", "seed", "limit")
     settings = {name: getattr(arguments, name) for name in names} | {"crop": 64}
-    return {"settings": settings, "rows": compare(runs), "runs": runs}
+    gradients = compare_gradients(work, arguments.folder)
+    for row in gradients:
+        turned = (f"{part} {row['length'][part]:.3f} long, cosine {row['cosine'][part]:.4f}" for part in PARTS)
+        print(f"gradient, {row['run']:18} loss {100 * row['loss']:+.3f} %;", *turned, sep=" ", flush=True)
+    return {"settings": settings, "rows": compare(runs), "gradients": gradients, "runs": runs}
+
+
+PARTS = {"g_a": "g_a.", "g_s": "g_s.", "y": "latent_codec.y.", "hyper": "latent_codec.hyper."}
+"""Parts of the model, and how the names of their parameters begin."""
+
+
+def mean_gradients(model: Any, batches: Sequence[Tensor], *, bf16: bool) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss over the batches, and the mean gradient of every part of the model as one vector, float64."""
+    from lalic.training.loss import rate_distortion
+
+    model.train().set_compute_dtype(torch.bfloat16 if bf16 else None)
+    model.zero_grad()
+    losses = []
+    for number, pixels in enumerate(batches):
+        torch.manual_seed(number)
+        x = pixels.to(torch.float32, memory_format=torch.channels_last) / 255
+        loss = rate_distortion(model(x), x, "mse", lambda_of("mse", 3))["loss"]
+        (loss / len(batches)).backward()
+        losses.append(float(loss.detach()))
+    named = [(n, p.grad.double().flatten()) for n, p in model.named_parameters() if p.grad is not None]
+    parts = {part: torch.cat([g for n, g in named if n.startswith(begin)]) for part, begin in PARTS.items()}
+    return statistics.fmean(losses), parts
+
+
+def compare_gradients(work: Path, photographs: Path) -> list[dict[str, Any]]:
+    """At the weights where the new float32 run ended: bf16, and weights rounded to bf16, beside float32.
+
+    Of the mean over 16 batches of 8 crops: the relative difference of the loss, and for every part of the model the
+    length of the gradient over that of float32's, and the cosine between the two.
+    """
+    torch.set_num_threads(1)
+    folder = checkpoint.find_checkpoint(work / f"{NEW}-{folder_name(REFERENCE)}")
+    batches = make_batches(photographs, 16, 8, 64)
+    models = {name: checkpoint.load_model(folder) for name in (REFERENCE, BF16, ROUNDED)}
+    with torch.no_grad():
+        for p in models[ROUNDED].parameters():
+            p.copy_(p.bfloat16())
+    found = {name: mean_gradients(model, batches, bf16=name == BF16) for name, model in models.items()}
+    loss, truth = found.pop(REFERENCE)
+    return [
+        {
+            "run": name,
+            "loss": relative(value, loss),
+            "length": {part: float(gradient.norm() / truth[part].norm()) for part, gradient in parts.items()},
+            "cosine": {
+                part: float(torch.cosine_similarity(gradient, truth[part], dim=0)) for part, gradient in parts.items()
+            },
+        }
+        for name, (value, parts) in found.items()
+    ]
 
 
 def missed(rows: list[dict[str, Any]], limit: float) -> list[str]:

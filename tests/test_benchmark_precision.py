@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkout_root import ROOT
 from photo_like import photo_like
 from PIL import Image
+
+from lalic.model import LALIC
 
 sys.path.insert(0, str(ROOT))
 
@@ -84,6 +87,26 @@ def test_new_weights_alone_are_reported_without_a_limit(capsys: pytest.CaptureFi
     assert "--comparisons trained needs new" in capsys.readouterr().err
 
 
+def test_mean_gradients_are_those_of_the_mean_loss() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (0, 1, 1, 1), "groups": (16, 16)}
+    model = LALIC(**sizes)
+    batches = [torch.from_numpy(photo_like(64, 64, seed=i)).movedim(2, 0)[None] for i in range(2)]
+    loss, gradients = precision.mean_gradients(model, batches, bf16=False)
+    rounded, in_bf16 = precision.mean_gradients(model, batches, bf16=True)
+    assert list(gradients) == ["g_a", "g_s", "y", "hyper"] and 0 < abs(rounded / loss - 1) < 0.01
+    # One step against the gradient of g_s lowers the loss by its squared length, to first order.
+    start, rate = 0, 1e-7
+    with torch.no_grad():
+        for p in model.g_s.parameters():
+            p -= rate * gradients["g_s"][start : start + p.numel()].view_as(p)
+            start += p.numel()
+    lower, _ = precision.mean_gradients(model, batches, bf16=False)
+    assert (loss - lower) / rate == pytest.approx(float(gradients["g_s"].square().sum()), rel=0.1)
+    for part, gradient in gradients.items():
+        assert 0.8 < float(torch.cosine_similarity(gradient, in_bf16[part], dim=0)) < 1 - 1e-7, part
+
+
 @pytest.mark.parametrize("flag", ["--steps", "--more-steps"])
 def test_steps_that_do_not_fit_the_window(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -112,6 +135,7 @@ def test_whole_benchmark_in_small_and_once_more(tmp_path: Path) -> None:
         assert max(first.values()) / min(first.values()) - 1 < 0.02
         assert len({tuple(run["curve"]) for run in found.values()}) == 3
     assert first["fp32"] < 0.7 * result["runs"]["new"]["fp32"]["curve"][0]  # trained weights, averaged
+    assert [row["run"] for row in result["gradients"]] == ["bf16", "fp32, start rounded"]
     assert picture.stat().st_size > 5000
     # What is finished is not run again.
     logs = {log: log.read_bytes() for log in work.glob("*/log.jsonl")}
