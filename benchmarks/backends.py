@@ -60,10 +60,8 @@ def make_inputs(work: Path, folder: Path, val: Path | None, steps: int, precisio
     return config
 
 
-def train(work: Path, config: Path, name: str) -> dict[str, Any]:
-    """One run; its values at every step, and of the validation at the end."""
-    yaml, settings = RUNS[name]
-    folder = work / name.replace(" ", "-")
+def launch(yaml: str, config: Path, folder: Path, settings: Sequence[str]) -> list[dict[str, Any]]:
+    """One run in `folder` through the launcher, or what is left of it; the records of its log."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--config_file", str(ROOT / "launch" / "accelerate" / f"{yaml}.yaml")]
     if yaml.startswith("deepspeed"):
@@ -72,8 +70,14 @@ def train(work: Path, config: Path, name: str) -> dict[str, Any]:
     command = [*launcher, "-m", "lalic.train", "--config", str(config), f"run.dir={folder}", *settings]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: the run on {name} failed:\n{done.stderr[-2000:]}")
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        raise SystemExit(f"error: the run in {folder} failed:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def train(work: Path, config: Path, name: str) -> dict[str, Any]:
+    """One run; its values at every step, and of the validation at the end."""
+    yaml, settings = RUNS[name]
+    records = launch(yaml, config, work / name.replace(" ", "-"), settings)
     steps = [r for r in records if r["kind"] == "train"]
     end = next((r for r in records if r["kind"] == "validation"), {})
     return {

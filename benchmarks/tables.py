@@ -391,6 +391,44 @@ def backends(result: dict[str, Any]) -> str:
     return section("Loss curves of the backends", result, table((*titles, *apart), rows), note)
 
 
+def parity(result: dict[str, Any]) -> str:
+    s, norms = result["settings"], result["gradient_norms"]
+    values = ("loss", "bpp", "mse", "aux", "gradient_norm", "weights", "quantiles")
+    rows = [(r["pair"], *(f"{r[name]:.1e}" for name in values)) for r in result["rows"]]
+    titles = (f"{s['steps']} steps, batch {s['batch']}, crop {s['crop']}", *(name.replace("_", " ") for name in values))
+    note = (
+        "Of the values the largest relative difference over the steps, of weights and quantiles the distance between "
+        "the two ends over the length of the way there. The rows below the first three are for scale. Gradient norms "
+        f"lie between {norms[0]:.0f} and {norms[1]:.0f}; the largest gradient that the main loss gives a quantile is "
+        f"{result['quantiles_gradient_from_main_loss']:g}."
+    )
+    return section("Our training step and the published one", result, table(titles, rows), note)
+
+
+def precision(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    rows = [
+        (
+            r["comparison"],
+            r["run"],
+            *(
+                f"{r[what]:.4f} ({100 * r['from_fp32'][what]:+.2f} %)" if r["run"] != "fp32" else f"{r[what]:.4f}"
+                for what in ("training", "validation")
+            ),
+            f"{r['bpp']:.4f}",
+            f"{r['psnr']:.2f}",
+        )
+        for r in result["rows"]
+    ]
+    title = f"weights (batch {s['batch']}, crop {s['crop']})"
+    titles = (title, "run", "training loss, last tenth", "validation loss", "bpp", "PSNR")
+    note = (
+        f"New weights: {s['steps']} steps; trained ones: {s['more_steps']} more from where float32 ended. In brackets: "
+        "from float32 of the same comparison. The rounded runs are float32 too, and say how far it ends from itself."
+    )
+    return section("bf16 and float32", result, table(titles, rows), note)
+
+
 def checkpoint(result: dict[str, Any]) -> str:
     s, ours = result["settings"], result["rows"]["asynchronous"]
     rows = [
@@ -512,6 +550,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "sample_order": sample_order,
     "remote_shards": remote_shards,
     "backends": backends,
+    "parity": parity,
+    "precision": precision,
     "kernel_resources": resources,
     "published_bundle": published_bundle,
     "faults": faults,
