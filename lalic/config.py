@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,8 +63,15 @@ class ModelSection:
     groups: tuple[int, ...] | None = None
     """Channels of y that are coded together; they sum to dims[3]. null: 16, 16, 32, 64 and the rest."""
 
+    context_rate: int = 8
+    """Widths of the hidden layers in the channel contexts, in channels of y."""
+
+    aggregation_rate: int = 2
+    """Widths of the hidden layers in the parameter aggregation, in the layer's own width."""
+
     def __post_init__(self) -> None:
-        _check(self.N >= 1, "model.N", self.N, "at least 1")
+        for name in ("N", "context_rate", "aggregation_rate"):
+            _check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
         _check(len(self.dims) == 6 and min(self.dims) >= 1, "model.dims", list(self.dims), "six positive numbers")
         _check(
             len(self.depths) == 4 and min(self.depths) >= 0,
@@ -81,7 +88,7 @@ class ModelSection:
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of `lalic.model.LALIC`."""
-        return {"N": self.N, "dims": self.dims, "depths": self.depths, "groups": self.groups}
+        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from lalic.fetch_cache import forget, without_suffix
 from lalic.files import fsync_folder
 from lalic.ladder import release_name
 from lalic.model import LALIC, fingerprint, load_weights
+from lalic.model.lalic import check_architecture
 from lalic.model.compact import is_rounded, rounded
 from lalic.release_builtin import damaged, is_builtin
 from lalic.release_contents import fill_bundle
@@ -173,8 +174,11 @@ def _open_bundle(folder: Path) -> Weights:
 
 def _as_told(model: LALIC, told: Any, folder: Path) -> LALIC:
     """The model with the `N` of its configuration, which the tensors' shapes do not tell where it has no effect."""
-    others = {key: value for key, value in model.config.items() if key != "N"}
-    if not isinstance(told, dict) or {key: told.get(key) for key in others} != others:
+    try:
+        told = check_architecture(**told)
+    except (TypeError, ValueError) as error:
+        raise LalicError(f"{folder}: {CONFIG} tells no architecture; get the bundle again") from error
+    if any(told[key] != value for key, value in model.config.items() if key != "N"):
         raise LalicError(f"{folder}: the weights have another architecture than {CONFIG} tells; get the bundle again")
     if told == model.config:
         return model

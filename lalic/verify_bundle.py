@@ -163,10 +163,10 @@ class _Bundle:
         if wrong := next((n for n, t in state.items() if t.is_floating_point() and t.dtype != dtype), None):
             raise LalicError(f"{SAFETENSORS}: {wrong} is {state[wrong].dtype}, not {precision}")
         check_finite(state, SAFETENSORS)
-        told = self.config["model"]
+        told = check_architecture(**self.config["model"])
         try:
             found = infer_architecture(normalise(state))
-            if differing := [k for k in ("dims", "depths", "groups") if found[k] != told[k]]:
+            if differing := [k for k in found if k != "N" and found[k] != told[k]]:
                 key = differing[0]
                 raise LalicError(f"{SAFETENSORS} has {key} {found[key]}, but {CONFIG} says {told[key]}")
             model = LALIC(**told)

@@ -2,7 +2,8 @@
 
 The model of such a file is exactly these numbers as float32, so whoever rounds weights has other weights: another
 fingerprint, and to be measured anew. What the constructor knows by itself is not stored: masks, bounds, coding
-tables, and the merged kernels, which follow from what was learned.
+tables, and the merged kernels, which follow from what was learned. Of the checkerboard's 5x5 kernels, which a mask
+covers with zeros at 13 of their 25 places, the 12 others are: (2 C, C, 12) for (2 C, C, 5, 5), row by row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def compact_state_dict(model: LALIC, name: str) -> dict[str, Tensor]:
     for key in sorted(_constants(model)):
         if not key.endswith(MERGED_KERNEL) and not torch.equal(own[key], state[key]):
             raise LalicError(f"{name} has another {key} than this program: export it as float32, which keeps it")
-    return {key: state[key].half() for key in learned_names(model)}
+    for weight, seen in _masked(own).items():
+        state[weight] = state[weight].flatten(2)[..., seen]
+    return {key: state[key].half().contiguous() for key in learned_names(model)}
 
 
 def rounded(model: LALIC, name: str) -> LALIC:
@@ -73,7 +76,21 @@ def is_compact(state_dict: Mapping[str, object]) -> bool:
 def with_constants(state_dict: Mapping[str, Tensor], model: LALIC) -> dict[str, Tensor]:
     """A compact state dict with what it leaves out, taken from a `model` of its architecture."""
     own = model.state_dict()
-    return {**{name: own[name] for name in _constants(model)}, **state_dict}
+    whole = {**{name: own[name] for name in _constants(model)}, **state_dict}
+    for weight, seen in _masked(own).items():
+        packed = whole.get(weight)
+        # What has another shape is left as it is, for load_state_dict to refuse.
+        if packed is not None and packed.ndim == 3 and packed.shape[2] == int(seen.sum()):
+            spread = packed.new_zeros(*packed.shape[:2], seen.numel())
+            spread[..., seen] = packed
+            whole[weight] = spread.unflatten(2, own[weight].shape[2:])
+    return whole
+
+
+def _masked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name of each masked kernel -> the places (25,) that its mask leaves."""
+    masks = {name: mask for name, mask in state.items() if name.endswith(".mask")}
+    return {name.removesuffix("mask") + "weight": mask[0, 0].flatten() != 0 for name, mask in masks.items()}
 
 
 def _constants(model: LALIC) -> set[str]:

@@ -14,6 +14,7 @@ Bi-RWKV channel contexts. Names of modules and parameters are those of the publi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,8 @@ class LALIC(SimpleVAECompressionModel):
         depths: Bi-RWKV blocks in the three stages of g_a (and g_s), and in h_a (and h_s).
         groups: channels of y coded together, first to last; they sum to M. Default: ELIC's
             16, 16, 32, 64, M - 128.
+        context_rate: widths of the hidden layers in the channel contexts, in channels of y.
+        aggregation_rate: widths of the hidden layers in the parameter aggregation, in the layer's own width.
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -91,11 +94,13 @@ class LALIC(SimpleVAECompressionModel):
         dims: Sequence[int] = (96, 144, 256, 320, 256, 192),
         depths: Sequence[int] = (2, 4, 6, 6),
         groups: Sequence[int] | None = None,
+        context_rate: int = weights.CONTEXT_RATE,
+        aggregation_rate: int = weights.AGGREGATION_RATE,
     ):
         super().__init__()
         M = dims[3] if M is None and len(dims) == 6 else M
         groups = (16, 16, 32, 64, (M or 0) - 128) if groups is None else groups
-        self.config = check_architecture(N, M, dims, depths, groups)
+        self.config = check_architecture(N, M, dims, depths, groups, context_rate, aggregation_rate)
         N1, N2, N3, M, N5, N6 = self.config["dims"]
         L1, L2, L3, L4 = self.config["depths"]
 
@@ -121,7 +126,7 @@ class LALIC(SimpleVAECompressionModel):
         h_s = Transform(deconv(N6, N5), *_blocks(N5, L4), deconv(N5, M))
         self.latent_codec = HyperpriorLatentCodec(
             latent_codec={
-                "y": _latent_codec_y(N, M, self.config["groups"]),
+                "y": _latent_codec_y(N, M, self.config["groups"], self.config["context_rate"], aggregation_rate),
                 "hyper": HyperLatentCodec(Bottleneck(N6), h_a=h_a, h_s=h_s, quantizer="ste"),
             }
         )
@@ -245,7 +250,13 @@ class LALIC(SimpleVAECompressionModel):
 
 
 def check_architecture(
-    N: int, M: int | None, dims: Sequence[int], depths: Sequence[int], groups: Sequence[int]
+    N: int,
+    M: int | None,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    groups: Sequence[int],
+    context_rate: int = weights.CONTEXT_RATE,
+    aggregation_rate: int = weights.AGGREGATION_RATE,
 ) -> dict[str, Any]:
     """The architecture as a plain dict, or ValueError naming what does not fit."""
     if len(dims) != 6 or min(dims) < 1:
@@ -256,9 +267,19 @@ def check_architecture(
         raise ValueError(f"M = {M} must equal dims[3] = {dims[3]}: both are the channels of y")
     if not groups or min(groups) < 1 or sum(groups) != M:
         raise ValueError(f"groups must be positive and sum to M = {M}, got {list(groups)}")
-    if N < 1:
-        raise ValueError(f"N must be positive, got {N}")
-    return {"N": N, "M": M, "dims": list(dims), "depths": list(depths), "groups": list(groups)}
+    for name, value in (("N", N), ("context_rate", context_rate), ("aggregation_rate", aggregation_rate)):
+        if value < 1:
+            raise ValueError(f"{name} must be positive, got {value}")
+    return {
+        "N": N,
+        "M": M,
+        "dims": list(dims),
+        "depths": list(depths),
+        "groups": list(groups),
+        # One group has no channel context, so no weights that would tell the rate.
+        "context_rate": context_rate if len(groups) > 1 else weights.CONTEXT_RATE,
+        "aggregation_rate": aggregation_rate,
+    }
 
 
 def _check_sides(x: Tensor) -> None:
@@ -270,13 +291,15 @@ def _blocks(dim: int, depth: int) -> list[nn.Module]:
     return [BiRWKVBlock(dim) for _ in range(depth)]
 
 
-def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLatentCodec:
+def _latent_codec_y(
+    N: int, M: int, groups: Sequence[int], context_rate: int, aggregation_rate: int
+) -> ChannelGroupsLatentCodec:
     """Space-channel context model of ELIC (arXiv 2203.10886) with Bi-RWKV channel contexts."""
     channel_context = {
         f"y{k}": ChannelsLast(
             conv3x3(sum(groups[:k]), M),
-            BiRWKVBlock(M, hidden_rate=8),
-            BiRWKVBlock(M, hidden_rate=8),
+            BiRWKVBlock(M, context_rate),
+            BiRWKVBlock(M, context_rate),
             conv1x1(M, groups[k] * 2),
         )
         for k in range(1, len(groups))
@@ -294,7 +317,7 @@ def _latent_codec_y(N: int, M: int, groups: Sequence[int]) -> ChannelGroupsLaten
                     channels * 2,
                     min_ch=N * 2,
                     num_layers=3,
-                    make_layer=EntropyParametersBlock,
+                    make_layer=partial(EntropyParametersBlock, expansion_factor=aggregation_rate),
                     make_act=nn.Identity,
                 )
             ),

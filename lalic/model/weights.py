@@ -25,6 +25,10 @@ CODING_TABLES = ("_offset", "_quantized_cdf", "_cdf_length", "scale_table")
 """Buffers that `update()` derives: empty in published files, and never read from any file."""
 
 MERGED_KERNEL = "conv5x5_reparam.weight"
+CONTEXT_RATE = 8
+"""Hidden width of the blocks in the published channel contexts, in channels of y."""
+AGGREGATION_RATE = 2
+"""Hidden width of the published parameter aggregation, in the layer's own width."""
 SHARED = {"latent_codec.hyper.h_a.": "h_a.", "latent_codec.hyper.h_s.": "h_s."}
 """The hyper transforms stand twice in a state dict: long name -> short name."""
 
@@ -84,6 +88,8 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         for k in range(len(groups))
         for i in (0, 2)
     ]
+    aggregated, hidden = state_dict[prefix.format(0) + "entropy_parameters.0.value.weight"].shape
+    context = state_dict.get("latent_codec.y.channel_context.y1.1.ffn.value.weight")
     # Widths are max(2 N, ramp): the smallest is 2 N, or the floor has no effect and any smaller N is the same.
     return {
         "N": min(128, min(widths) // 2),
@@ -91,6 +97,8 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "dims": dims,
         "depths": [*g_a_depths, *h_a_depths],
         "groups": groups,
+        "context_rate": CONTEXT_RATE if context is None else context.shape[1] // context.shape[0],
+        "aggregation_rate": hidden // aggregated,
     }
 
 
