@@ -29,6 +29,7 @@ from lalic.verify_bundle import check_bundle
 
 # ruff: noqa: F811 -- fixtures are arguments of the same name
 
+KERNEL = "latent_codec.y.latent_codec.y1.context_prediction.weight"
 FILES = ["README.md", "SHA256SUMS", "config.json", "metrics.json", "model.safetensors", "reference.lalic"]
 
 
@@ -70,7 +71,16 @@ class TestContents:
         masks = [n for n in published_state_dict(model) if n.endswith(".mask")]
         assert masks and not set(masks) & set(found)
         assert len(found) == len({id(p) for p in parameters.values()})
-        assert sum(t.numel() for t in found.values()) == sum(p.numel() for p in parameters.values())
+        kernels = [n for n in found if n.endswith("context_prediction.weight")]
+        assert len(kernels) == len(masks)
+        for name in kernels:
+            whole = parameters[name].detach().numpy().astype(np.float16)
+            seen = [(row, column) for row in range(5) for column in range(5) if (row + column) % 2]
+            for place, (row, column) in enumerate(seen):
+                assert np.array_equal(found[name][:, :, place].numpy(), whole[:, :, row, column])
+            assert found[name].shape == (*whole.shape[:2], len(seen)) and len(seen) == 12
+        hidden = sum(13 * parameters[n].shape[0] * parameters[n].shape[1] for n in kernels)
+        assert sum(t.numel() for t in found.values()) == sum(p.numel() for p in parameters.values()) - hidden
         assert {t.dtype for t in found.values()} == {torch.float16}
         size = (compact / "model.safetensors").stat().st_size
         assert size < 2 * sum(p.numel() for p in parameters.values()) + 200 * len(found)
@@ -218,8 +228,9 @@ class TestVerify:
             (lambda s: s.pop("g_s.0.bias"), "does not fit"),
             (lambda s: s.update({"g_a.0.surprise": torch.zeros(2).half()}), "does not fit"),
             (lambda s: s.update({"g_a.0.bias": torch.zeros(9).half()}), "does not fit"),
+            (lambda s: s.update({KERNEL: s[KERNEL][..., :11].contiguous()}), "does not fit"),
         ],
-        ids=["changed", "infinite", "one in float32", "one in bfloat16", "missing", "more", "shape"],
+        ids=["changed", "infinite", "one in float32", "one in bfloat16", "missing", "more", "shape", "kernel"],
     )
     def test_tensors(self, compact: Path, change: Callable[[dict[str, Any]], Any], words: str) -> None:
         edit_tensors(compact, change)

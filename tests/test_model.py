@@ -210,12 +210,29 @@ def test_compress_and_decompress_small_models(height, width):
         ({"M": 31}, "must equal dims"),
         ({"groups": (4, 4)}, "sum to M"),
         ({"N": 0}, "positive"),
+        ({"context_rate": 0}, "context_rate must be positive"),
+        ({"aggregation_rate": 0}, "aggregation_rate must be positive"),
     ],
     ids=lambda v: v if isinstance(v, str) else next(iter(v)),
 )
 def test_sizes_that_do_not_fit(arguments, message):
     with pytest.raises(ValueError, match=message):
         LALIC(**{**TINY, **arguments})
+
+
+def test_rates_are_the_widths_of_the_hidden_layers():
+    published, thin = LALIC(**TINY), LALIC(**TINY, context_rate=3, aggregation_rate=1)
+    changed = {n for n, t in thin.state_dict().items() if t.shape != published.state_dict()[n].shape}
+    assert changed == {
+        n
+        for n in published.state_dict()
+        if ("channel_context" in n and n.endswith(("ffn.key.weight", "ffn.value.weight")))
+        or ("entropy_parameters" in n and n.endswith(("key.weight", "value.weight")))
+    }
+    contexts = thin.latent_codec.y.channel_context
+    assert contexts["y1"][1].ffn.key.weight.shape == (3 * 32, 32) and contexts["y3"][2].ffn.key.weight.shape == (96, 32)
+    # One group has no channel context: no weights would tell the rate, so it is always the same.
+    assert LALIC(**{**TINY, "groups": (32,)}, context_rate=3).config["context_rate"] == 8
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 65, 64), (1, 1, 64, 64), (3, 64, 64), (0, 3, 64, 64)])

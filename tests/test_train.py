@@ -756,4 +756,4 @@ def test_duration(seconds: float, text: str) -> None:
 
 def test_config_is_what_the_tests_think(config_path: Path) -> None:
     config: RunConfig = read_config(config_path)
-    assert config.model.arguments() == {**TINY, "groups": TINY["groups"]}
+    assert config.model.arguments() == {**TINY, "context_rate": 8, "aggregation_rate": 2}

@@ -195,10 +195,19 @@ class TestConfig:
         sum_again(bundle)
         assert failure(bundle)[0] == "config"
 
-    @pytest.mark.parametrize("key", ["depths", "dims", "groups"])
+    def test_from_before_the_rates_were_told(self, bundle: Path) -> None:
+        model = json.loads((bundle / "config.json").read_text())["model"]
+        assert (model.pop("context_rate"), model.pop("aggregation_rate")) == (8, 2)
+        edit_config(bundle, model=model)
+        sum_again(bundle)
+        assert all(check.passed for check in check_bundle(bundle))
+        assert open_weights(bundle).model.config["context_rate"] == 8
+
+    @pytest.mark.parametrize("key", ["depths", "dims", "groups", "context_rate", "aggregation_rate"])
     def test_of_another_architecture(self, bundle: Path, key: str) -> None:
         model = json.loads((bundle / "config.json").read_text())["model"]
-        other = {"depths": [1, 1, 1, 2], "dims": [8, 12, 16, 32, 20, 8], "groups": [8, 8, 8, 8]}[key]
+        sizes = {"depths": [1, 1, 1, 2], "dims": [8, 12, 16, 32, 20, 8], "groups": [8, 8, 8, 8]}
+        other = {**sizes, "context_rate": 4, "aggregation_rate": 1}[key]
         edit_config(bundle, model=model | {key: other})
         sum_again(bundle)
         assert failure(bundle)[0] == "weights" and f"config.json says {other}" in failure(bundle)[1]

@@ -82,6 +82,8 @@ def test_safetensors_and_bundle_folder(model, tmp_path):
         {"N": 128, "dims": (8, 8, 8, 24, 8, 8), "depths": (0, 1, 2, 0), "groups": (8, 16)},
         {"N": 4, "dims": (4, 8, 12, 200, 8, 4), "depths": (1, 0, 0, 2), "groups": (16, 16, 32, 64, 72)},
         {"N": 1, "dims": (4, 8, 12, 40, 8, 4), "depths": (1, 0, 0, 2), "groups": (40,)},
+        {**TINY, "N": 9, "context_rate": 3, "aggregation_rate": 1},
+        {**TINY, "N": 2, "context_rate": 1, "aggregation_rate": 5},
     ],
     ids=lambda a: f"N{a['N']}",
 )
@@ -93,6 +95,8 @@ def test_architecture_is_inferred(architecture):
     assert {k: found[k] for k in ("dims", "depths", "groups")} == {
         k: list(architecture[k]) for k in ("dims", "depths", "groups")
     }
+    assert found["context_rate"] == architecture.get("context_rate", 8)
+    assert found["aggregation_rate"] == architecture.get("aggregation_rate", 2)
 
 
 def test_full_size_architecture_is_inferred():
