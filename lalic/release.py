@@ -34,8 +34,8 @@ from lalic.fetch_cache import forget, without_suffix
 from lalic.files import fsync_folder
 from lalic.ladder import release_name
 from lalic.model import LALIC, fingerprint, load_weights
-from lalic.model.lalic import check_architecture
 from lalic.model.compact import is_rounded, rounded
+from lalic.model.lalic import check_architecture
 from lalic.release_builtin import damaged, is_builtin
 from lalic.release_contents import fill_bundle
 from lalic.release_files import (
