@@ -535,6 +535,12 @@ def cluster_cost(result: dict[str, Any]) -> str:
     return "\n\n".join(["## What the published recipe costs on a cluster", origin, costs(result)])
 
 
+def linear_bound(result: dict[str, Any]) -> str:
+    rows = [[m, f"{psnr:.2f}"] for m, psnr in result["psnr"].items()]
+    note = "PSNR of Kodak when blocks of 16x16 keep M principal components, unquantised."
+    return section("What a linear transform would reach", result, note, table(["channels M", "PSNR, dB"], rows))
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -557,6 +563,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "faults": faults,
     "fuzz_codec": fuzz_codec,
     "fuzz_header": fuzz_header,
+    "linear_bound": linear_bound,
     "cluster_cost": cluster_cost,
 }
 
