@@ -210,8 +210,16 @@ def _map(function: Callable[[Source], list[Point]], sources: Sequence[Source], j
         yield from map(function, sources)
         return
     # A fork of a process with torch's threads in it may hang.
-    with ProcessPoolExecutor(min(jobs, len(sources)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(sources)), context, initializer=_take_one_core) as pool:
         yield from pool.map(function, sources)
+
+
+def _take_one_core() -> None:
+    """In a worker: with as many threads as the machine has cores in each, they would wait for each other, spinning."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _measure(source: Source, key: str, points: Iterable[float], with_ms_ssim: bool) -> list[Point]:
