@@ -177,7 +177,10 @@ def _as_told(model: LALIC, told: Any, folder: Path) -> LALIC:
     try:
         told = check_architecture(**told)
     except (TypeError, ValueError) as error:
-        raise LalicError(f"{folder}: {CONFIG} tells no architecture; get the bundle again") from error
+        raise LalicError(
+            f"{folder}: {CONFIG} tells an architecture that this version does not know ({error}); "
+            "get the bundle again, or install a newer version"
+        ) from error
     if any(told[key] != value for key, value in model.config.items() if key != "N"):
         raise LalicError(f"{folder}: the weights have another architecture than {CONFIG} tells; get the bundle again")
     if told == model.config:

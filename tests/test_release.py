@@ -146,12 +146,20 @@ class TestWhatIsReleased:
         label = parse((folder / "reference.lalic").read_bytes(), "x").model_name
         assert label.startswith(f"{folder.name} (fingerprint {fingerprint(model)[:16]}")
 
-    @pytest.mark.parametrize("told", [{"N": 40}, {"N": "8"}, {"dims": [8, 12, 16, 32, 16, 9]}, {"more": 1}])
-    def test_config_of_another_architecture(self, bundle: Path, told: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(
+        ("told", "message"),
+        [
+            ({"N": 40}, "do not have the widths"),
+            ({"dims": [8, 12, 16, 32, 16, 9]}, "another architecture"),
+            ({"N": "8"}, r"does not know \(.*N"),
+            ({"more": 1}, r"does not know \(.*more"),
+        ],
+    )
+    def test_config_of_another_architecture(self, bundle: Path, told: dict[str, Any], message: str) -> None:
         config = json.loads((bundle / "config.json").read_text())
         config["model"] |= told
         (bundle / "config.json").write_text(json.dumps(config))
         sums = {f.name: sha256_of(f) for f in bundle.iterdir() if f.name != "SHA256SUMS"}
         (bundle / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-        with pytest.raises(LalicError, match=r"another architecture|do not have the widths"):
+        with pytest.raises(LalicError, match=message):
             open_weights(bundle)

@@ -268,8 +268,8 @@ def check_architecture(
     if not groups or min(groups) < 1 or sum(groups) != M:
         raise ValueError(f"groups must be positive and sum to M = {M}, got {list(groups)}")
     for name, value in (("N", N), ("context_rate", context_rate), ("aggregation_rate", aggregation_rate)):
-        if value < 1:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be positive and whole, got {value!r}")
     return {
         "N": N,
         "M": M,
