@@ -426,7 +426,7 @@ def precision(result: dict[str, Any]) -> str:
         f"New weights: {s['steps']} steps; trained ones: {s['more_steps']} more from where float32 ended. In brackets: "
         "from float32 of the same comparison. The rounded runs are float32 too, and say how far it ends from itself."
     )
-    return section("bf16 and float32", result, table(titles, rows), note)
+    return section(f"bf16 and float32, seed {s['seed']}", result, table(titles, rows), note)
 
 
 def checkpoint(result: dict[str, Any]) -> str:
