@@ -67,10 +67,11 @@ def test_differences_are_taken_within_a_comparison() -> None:
     text = tables.precision(
         {"settings": SETTINGS, "environment": ENVIRONMENT, "command": "c", "rows": [*rows.values()]}
     )
+    assert "seed 7" in text.splitlines()[0]
     assert "| trained | bf16 | 0.9800 (-2.00 %) | 1.9600 (-2.00 %) | 0.5000 | 25.00 |" in text
 
 
-SETTINGS = {"steps": 100, "more_steps": 100, "batch": 4, "crop": 64}
+SETTINGS = {"steps": 100, "more_steps": 100, "batch": 4, "crop": 64, "seed": 7}
 ENVIRONMENT = {"device": "cpu", "cpu": "X", "threads": 1, "torch": "2", "date": "2026-01-01"}
 
 
