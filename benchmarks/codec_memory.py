@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         old = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
         result = {
             "command": " ".join(["python benchmarks/codec_memory.py", *(sys.argv[1:] if argv is None else argv)]),
-            "environment": {k: v for k, v in describe(arguments.threads, arguments.device).items() if k != "malloc"},
+            "environment": describe(arguments.threads, arguments.device),
             "rows": merge(old, rows),
         }
         write_json(arguments.output, result)

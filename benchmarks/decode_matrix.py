@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timed = costs(folders, arguments.images[0], arguments.device, arguments.rounds)
         result = {
             "command": " ".join(["python benchmarks/decode_matrix.py", *(sys.argv[1:] if argv is None else argv)]),
-            "environment": describe(2, arguments.device),
+            "environment": describe(2, arguments.device) | {"malloc": MALLOC},
             "tolerance": TOLERANCE,
             "step": STEP,
             "images": [image.name for image in arguments.images or []],

@@ -11,7 +11,7 @@ from typing import Any
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 """glibc otherwise gives freed tensors back to the system, and the page faults of new ones dominate the times.
 
-They are read when a process starts, so a benchmark sets them and starts (itself) again.
+They are read when a process starts, so a benchmark that measures times sets them and starts (itself) again.
 """
 
 
@@ -42,7 +42,7 @@ def describe(threads: int, device: str = "cpu", tf32: str | None = None) -> dict
         "flags": builder.flags(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "malloc": MALLOC,
+        "malloc": {name: os.environ[name] for name in MALLOC if name in os.environ},
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":

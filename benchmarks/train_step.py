@@ -304,7 +304,7 @@ def main() -> None:
         work(arguments)
         return
     settings = {k: getattr(arguments, k) for k in ("model", "crop", "device", "rounds", "steps", "threads", "tf32")}
-    environment = describe(arguments.threads, arguments.device, arguments.tf32)
+    environment = describe(arguments.threads, arguments.device, arguments.tf32) | {"malloc": MALLOC}
     print(", ".join(f"{k} {v}" for k, v in settings.items() if v is not None), f"on {environment['device']}")
     batches = {}
     for batch in arguments.batch:
