@@ -24,6 +24,7 @@ import numpy as np  # noqa: E402 -- found from the checkout
 import torch  # noqa: E402
 
 from benchmarks.codec import make_picture  # noqa: E402
+from benchmarks.machine import begin_peak, memory_bytes  # noqa: E402
 from lalic.codec import bitstream, coder  # noqa: E402
 from lalic.errors import LalicError  # noqa: E402
 from lalic.model import fingerprint, load_weights  # noqa: E402
@@ -123,7 +124,7 @@ def cost(folder: Path, image: str, device: str, arithmetic: str, rounds: int) ->
     model = load_weights(folder / "model.safetensors").to(device)
     model.update()
     x = make_picture(Path(image), (0, 0)).to(device)
-    before = _reset_peak()
+    before = begin_peak()  # without what loading the weights left
     walls: dict[str, list[float]] = {"encode": [], "decode": []}
     cpus: dict[str, list[float]] = {"encode": [], "decode": []}
     coded = coder.encode(model, x, arithmetic)
@@ -138,23 +139,12 @@ def cost(folder: Path, image: str, device: str, arithmetic: str, rounds: int) ->
             if number:
                 walls[name].append(1e3 * (time.perf_counter() - wall))
                 cpus[name].append(1e3 * (time.process_time() - cpu))
-    result: dict[str, Any] = {"peak_mb": (_status("VmHWM") - before) / 1e3}
+    result: dict[str, Any] = {"peak_mb": (memory_bytes("VmHWM") - before) / 1e6}
     for name in walls:
         result |= {f"{name}_ms": walls[name], f"{name}_cpu_ms": cpus[name]}
         result |= {f"{name}_ms_median": statistics.median(walls[name])}
         result |= {f"{name}_cpu_ms_median": statistics.median(cpus[name])}
     return result
-
-
-def _reset_peak() -> int:
-    """Forget the peak that loading the weights left; kB of memory that the process has now."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ File n of a seed is always the same file: `--first N --files 1 --keep FOLDER` ma
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import re
 import resource
@@ -25,7 +24,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from benchmarks import fuzz_mutations
-from benchmarks.machine import describe
+from benchmarks.machine import begin_peak, describe, memory_bytes
 from lalic.codec import bitstream, pictures
 from lalic.codec.pictures import Picture
 from lalic.errors import LalicError, run_main
@@ -113,22 +111,9 @@ class Target:
 
 def watched(call: Callable[[], Any]) -> tuple[Any, float, int]:
     """Result of `call`, its CPU seconds, and by how many bytes resident memory grew at its peak."""
-    give_back_freed()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, start = _status("VmRSS"), time.process_time()
+    before, start = begin_peak(), time.process_time()
     result = call()
-    return result, time.process_time() - start, max(0, _status("VmHWM") - before)
-
-
-def give_back_freed() -> None:
-    """Free memory that the allocator has kept goes back to the system: a call that is given it again would not grow."""
-    with suppress(AttributeError):  # only glibc has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(name: str) -> int:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
-    return int(line.split()[1]) * 1024
+    return result, time.process_time() - start, max(0, memory_bytes("VmHWM") - before)
 
 
 def kind_of(error: BaseException) -> str:
@@ -174,9 +159,9 @@ def child(seed: int, first: int, files: int, keep: Path | None) -> None:
     """Decode files `first` to `first + files - 1` and print a line for each."""
     target = Target()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = _status("VmSize") + (1 << 30)
+    limit = memory_bytes("VmSize") + (1 << 30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    print("ready", _status("VmRSS"), flush=True)
+    print("ready", memory_bytes("VmRSS"), flush=True)
     for n in range(first, first + files):
         name, i, data = fuzz_mutations.mutate(np.random.default_rng([seed, n]), target.files)
         if keep:
@@ -184,7 +169,7 @@ def child(seed: int, first: int, files: int, keep: Path | None) -> None:
         outcome, seconds, size = attempt(target, data, i)
         arithmetic = "float32" if i < len(KINDS) else "float64"
         print(n, name, arithmetic, f"{seconds:.3f}", f"{size:.3f}", outcome, sep="\t", flush=True)
-    print("done", _status("VmRSS"), flush=True)
+    print("done", memory_bytes("VmRSS"), flush=True)
 
 
 def lines_of(process: subprocess.Popen[str]) -> Any:

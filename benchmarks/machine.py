@@ -1,10 +1,12 @@
-"""What the benchmarks have in common: the allocator's settings, and what machine the figures are from."""
+"""What the benchmarks have in common: the allocator's settings, resident memory, what machine the figures are from."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,23 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str
 
 They are read when a process starts, so a benchmark that measures times sets them and starts (itself) again.
 """
+
+
+def begin_peak() -> int:
+    """Bytes of resident memory; `memory_bytes("VmHWM")` is their peak from here on. Linux only.
+
+    Free memory that the allocator has kept goes back to the system first: what is given it again would not grow.
+    """
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_bytes("VmRSS")
+
+
+def memory_bytes(field: str) -> int:
+    """A size that /proc/self/status tells, such as VmRSS, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def cpu_name() -> str:
