@@ -21,6 +21,7 @@ def begin_peak() -> int:
     """Bytes of resident memory; `memory_bytes("VmHWM")` is their peak from here on. Linux only.
 
     Free memory that the allocator has kept goes back to the system first: what is given it again would not grow.
+    (glibc keeps up to 64 MiB for each further thread that allocates, so measure in a process that has none.)
     """
     with suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
