@@ -18,6 +18,13 @@ def lambda_of(metric: str, quality: int) -> float:
     return LADDERS[metric][quality]
 
 
+def lambda_at(metric: str, quality: float) -> float:
+    """Multiplier of a real quality: ln lambda is linear between the rungs. KeyError off the ladder."""
+    low, rest = int(quality), quality - int(quality)
+    below = LADDERS[metric][low]
+    return below if rest == 0 else below ** (1 - rest) * LADDERS[metric][low + 1] ** rest
+
+
 def quality_of(metric: str, lmbda: float) -> int | None:
     """Quality label of a multiplier, or None off the ladder."""
     for quality, value in LADDERS[metric].items():

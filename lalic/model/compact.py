@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lalic.errors import LalicError
+from lalic.model.rates import RUNGS
 from lalic.model.weights import MERGED_KERNEL, deduplicate, published_state_dict
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ def _masked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _constants(model: LALIC) -> set[str]:
-    """Names in the published layout, those of h_a and h_s under both, of what is no parameter."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name for name in model.state_dict() if name not in parameters}
+    """Names in the published layout, those of h_a and h_s under both, of what is no parameter and known without a file.
+
+    The rungs of a model with several rates are stored: nothing else in a file tells them.
+    """
+    stored = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {RUNGS}
+    return {name for name in model.state_dict() if name not in stored}

@@ -13,6 +13,7 @@ Bi-RWKV channel contexts. Names of modules and parameters are those of the publi
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from lalic.model import coding, compact, weights
 from lalic.model.blocks import BiRWKVBlock, CheckerboardConv, EntropyParameters, EntropyParametersBlock, run_layers
 from lalic.model.entropy import Bottleneck, Checkerboard
+from lalic.model.rates import PREFIX, Quality, Rates, check_rungs
 
 STRIDE = 64
 """Image sides must be multiples of this: 16 for y, 4 more for z."""
@@ -83,9 +85,13 @@ class LALIC(SimpleVAECompressionModel):
             16, 16, 32, 64, M - 128.
         context_rate: widths of the hidden layers in the channel contexts, in channels of y.
         aggregation_rate: widths of the hidden layers in the parameter aggregation, in the layer's own width.
+        rungs: qualities that one model serves, such as 1 to 6 (lalic.model.rates); None: one rate, without gains. With
+            rungs, every call that codes or reconstructs takes a `quality`: a number, or a tensor (B,) of them.
 
     Raises ValueError for sizes that do not fit together.
     """
+
+    rates: Rates | None
 
     def __init__(
         self,
@@ -96,11 +102,12 @@ class LALIC(SimpleVAECompressionModel):
         groups: Sequence[int] | None = None,
         context_rate: int = weights.CONTEXT_RATE,
         aggregation_rate: int = weights.AGGREGATION_RATE,
+        rungs: Sequence[int] | None = None,
     ):
         super().__init__()
         M = dims[3] if M is None and len(dims) == 6 else M
         groups = (16, 16, 32, 64, (M or 0) - 128) if groups is None else groups
-        self.config = check_architecture(N, M, dims, depths, groups, context_rate, aggregation_rate)
+        self.config = check_architecture(N, M, dims, depths, groups, context_rate, aggregation_rate, rungs)
         N1, N2, N3, M, N5, N6 = self.config["dims"]
         L1, L2, L3, L4 = self.config["depths"]
 
@@ -132,8 +139,9 @@ class LALIC(SimpleVAECompressionModel):
         )
         # Published checkpoints hold the hyper transforms under both names.
         self.h_a, self.h_s = h_a, h_s
+        self.rates = Rates(self.config["rungs"], M) if "rungs" in self.config else None
 
-    def forward(self, x: Tensor) -> dict[str, Any]:
+    def forward(self, x: Tensor, quality: Quality | None = None) -> dict[str, Any]:
         """Training and estimation: x (B, 3, H, W) in [0, 1], H and W multiples of 64.
 
         Returns `x_hat` (B, 3, H, W), not clamped, and `likelihoods` {"y": (B, M, H/16, W/16),
@@ -141,15 +149,47 @@ class LALIC(SimpleVAECompressionModel):
         """
         _check_sides(x)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x)
+            coded = self.latent_codec(self.scaled_latents(x, quality))
+            x_hat = self.g_s(self._unscaled(coded["y_hat"], quality))
+        return {"x_hat": x_hat, "likelihoods": coded["likelihoods"]}
+
+    def scaled_latents(self, x: Tensor, quality: Quality | None = None) -> Tensor:
+        """y (B, M, H/16, W/16) of pictures x (B, 3, H, W), as the entropy model sees it."""
+        y, rates = self.g_a(x), self._gains(quality)
+        return y if rates is None else rates.scale(y, quality)
+
+    def _unscaled(self, y_hat: Tensor, quality: Quality | None) -> Tensor:
+        """y_hat as g_s sees it."""
+        rates = self._gains(quality)
+        return y_hat if rates is None else rates.unscale(y_hat, quality)
+
+    def _gains(self, quality: Quality | None) -> Rates | None:
+        if (self.rates is None) != (quality is None):
+            what = "has one rate and takes no quality" if self.rates is None else "has several rates: give a quality"
+            raise ValueError(f"this model {what}")
+        return self.rates
 
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict[str, Any]:
+    def at(self, quality: float) -> LALIC:
+        """A model of one rate and the published layout, on the CPU: the gains of `quality` folded into two convolutions.
+
+        Raises LalicError for a quality outside the range, and ValueError when this model has one rate already.
+        """
+        rates = self._gains(quality)
+        assert rates is not None
+        model = type(self)(**{name: value for name, value in self.config.items() if name != "rungs"})
+        state = {n: t for n, t in self.state_dict().items() if not n.startswith(PREFIX)}
+        model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
+        copy.deepcopy(rates).cpu().fold(quality, model.g_a[-1], model.g_s[0])
+        return model.train(self.training)
+
+    @torch.no_grad()
+    def compress(self, x: Tensor, quality: Quality | None = None) -> dict[str, Any]:
         """Entropy-code x (B, 3, H, W) in [0, 1]: {"strings": [[bytes] * B, ...], "shape": ..., "y_hat": ...}.
 
         The strings are those of CompressAI: two for each channel group, then one for z. Needs `update()` once.
         """
-        messages, grid, y_hat = self.messages(x)
+        messages, grid, y_hat = self.messages(x, quality=quality)
         z_strings, *y_strings = [[m.tables.encode(symbols, indexes) for indexes, symbols in m.rows()] for m in messages]
         return {
             "strings": [*y_strings, z_strings],
@@ -158,7 +198,9 @@ class LALIC(SimpleVAECompressionModel):
         }
 
     @torch.no_grad()
-    def decompress(self, strings: list[list[bytes]], shape: Any) -> dict[str, Tensor]:
+    def decompress(
+        self, strings: list[list[bytes]], shape: Any, quality: Quality | None = None
+    ) -> dict[str, Tensor]:
         """Inverse of `compress`: {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
         batch = len(z_strings)
@@ -174,11 +216,11 @@ class LALIC(SimpleVAECompressionModel):
             pairs = zip(next(remaining), coding.flat(parameters.indexes), strict=True)
             return np.stack([tables.decode(*pair) for pair in pairs])
 
-        return {"x_hat": self.paint(self.latents(batch, (rows, columns), read))}
+        return {"x_hat": self.paint(self.latents(batch, (rows, columns), read), quality)}
 
     @torch.no_grad()
     def messages(
-        self, x: Tensor, arithmetic: coding.Arithmetic | None = None
+        self, x: Tensor, arithmetic: coding.Arithmetic | None = None, quality: Quality | None = None
     ) -> tuple[list[coding.Message], tuple[int, int], Tensor]:
         """What `compress` makes strings of: all messages in the order of coding (z first), sides of z, y_hat.
 
@@ -186,7 +228,8 @@ class LALIC(SimpleVAECompressionModel):
         """
         _check_sides(x)
         with torch.autocast(x.device.type, enabled=False):
-            return coding.encode(self.latent_codec, self.g_a(x), arithmetic or coding.Float32())
+            y = self.scaled_latents(x, quality)
+            return coding.encode(self.latent_codec, y, arithmetic or coding.Float32())
 
     @torch.no_grad()
     def latents(
@@ -197,10 +240,10 @@ class LALIC(SimpleVAECompressionModel):
             return coding.decode(self.latent_codec, batch, *grid, read, arithmetic or coding.Float32())
 
     @torch.no_grad()
-    def paint(self, y_hat: Tensor) -> Tensor:
+    def paint(self, y_hat: Tensor, quality: Quality | None = None) -> Tensor:
         """x_hat (B, 3, 16 H, 16 W) in [0, 1] of latents y_hat (B, M, H, W)."""
         with torch.autocast(y_hat.device.type, enabled=False):
-            return self.g_s(y_hat.to(next(self.parameters()).dtype)).clamp_(0, 1)
+            return self.g_s(self._unscaled(y_hat.to(next(self.parameters()).dtype), quality)).clamp_(0, 1)
 
     def _group_shapes(self, grid: tuple[int, int]) -> list[tuple[int, int, int]]:
         """(C, H, W) of each channel group of y, z having the sides `grid`."""
@@ -257,6 +300,7 @@ def check_architecture(
     groups: Sequence[int],
     context_rate: int = weights.CONTEXT_RATE,
     aggregation_rate: int = weights.AGGREGATION_RATE,
+    rungs: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The architecture as a plain dict, or ValueError naming what does not fit."""
     if len(dims) != 6 or min(dims) < 1:
@@ -279,6 +323,7 @@ def check_architecture(
         # One group has no channel context, so no weights that would tell the rate.
         "context_rate": context_rate if len(groups) > 1 else weights.CONTEXT_RATE,
         "aggregation_rate": aggregation_rate,
+        **({} if rungs is None else {"rungs": check_rungs(rungs)}),
     }
 
 

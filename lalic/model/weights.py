@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lalic.errors import LalicError
+from lalic.model.rates import RUNGS, check_rungs
 
 if TYPE_CHECKING:
     from lalic.model.lalic import LALIC
@@ -99,6 +100,7 @@ def infer_architecture(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "groups": groups,
         "context_rate": CONTEXT_RATE if context is None else context.shape[1] // context.shape[0],
         "aggregation_rate": hidden // aggregated,
+        **({"rungs": check_rungs(state_dict[RUNGS].tolist())} if RUNGS in state_dict else {}),
     }
 
 
