@@ -155,13 +155,14 @@ class LALIC(SimpleVAECompressionModel):
 
     def scaled_latents(self, x: Tensor, quality: Quality | None = None) -> Tensor:
         """y (B, M, H/16, W/16) of pictures x (B, 3, H, W), as the entropy model sees it."""
-        y, rates = self.g_a(x), self._gains(quality)
-        return y if rates is None else rates.scale(y, quality)
+        rates = self._gains(quality)
+        y = self.g_a(x)
+        return y if rates is None or quality is None else rates.scale(y, quality)
 
     def _unscaled(self, y_hat: Tensor, quality: Quality | None) -> Tensor:
         """y_hat as g_s sees it."""
         rates = self._gains(quality)
-        return y_hat if rates is None else rates.unscale(y_hat, quality)
+        return y_hat if rates is None or quality is None else rates.unscale(y_hat, quality)
 
     def _gains(self, quality: Quality | None) -> Rates | None:
         if (self.rates is None) != (quality is None):
@@ -171,7 +172,7 @@ class LALIC(SimpleVAECompressionModel):
 
     @torch.no_grad()
     def at(self, quality: float) -> LALIC:
-        """A model of one rate and the published layout, on the CPU: the gains of `quality` folded into two convolutions.
+        """A model of one rate in the published layout, on the CPU: the gains of `quality` are in two convolutions.
 
         Raises LalicError for a quality outside the range, and ValueError when this model has one rate already.
         """
@@ -180,7 +181,9 @@ class LALIC(SimpleVAECompressionModel):
         model = type(self)(**{name: value for name, value in self.config.items() if name != "rungs"})
         state = {n: t for n, t in self.state_dict().items() if not n.startswith(PREFIX)}
         model.load_state_dict({name: tensor.cpu() for name, tensor in state.items()})
-        copy.deepcopy(rates).cpu().fold(quality, model.g_a[-1], model.g_s[0])
+        last, first = model.g_a[-1], model.g_s[0]
+        assert isinstance(last, nn.Conv2d) and isinstance(first, nn.ConvTranspose2d)
+        copy.deepcopy(rates).cpu().fold(quality, last, first)
         return model.train(self.training)
 
     @torch.no_grad()

@@ -5,8 +5,8 @@
 The entropy model sees scaled latents only, so coding and exact decoding know nothing of rates: the larger the gain, the
 finer y is quantised. Log-gains g and inverse log-gains i interpolate linearly between rungs, as ln lambda does, so a
 quality is a real number. At a fixed quality the gains are part of two convolutions (`fold`), and the model has the
-published layout. Gains for every channel and rate are those of "Asymmetric Gained Deep Image Compression with Continuous
-Rate Adaptation" (Cui et al., CVPR 2021).
+published layout. Gains for every channel and rate come from "Asymmetric Gained Deep Image Compression with
+Continuous Rate Adaptation" (Cui et al., CVPR 2021).
 
 Legend: B batch, R rungs, M channels of y.
 """
