@@ -30,7 +30,7 @@ VARIABLE = "LALIC_WEIGHTS"
 HUB = "LALIC_HUB_URL"
 """Environment variable: the URL under which bundles lie, each in the folder of its name. There is no default."""
 
-_NAME = re.compile(r"lalic-(mse|ms-ssim)-(q[1-6]|lambda[0-9][0-9.e+-]*)")
+_NAME = re.compile(r"lalic-(mse|ms-ssim)-(q[1-6]|vbr|lambda[0-9][0-9.e+-]*)")
 
 
 def resolve(place: str | Path, *, whole: bool = False) -> Path:

@@ -37,3 +37,8 @@ def release_name(metric: str, lmbda: float) -> str:
     """Name of the release bundle, e.g. `lalic-mse-q3`; off the ladder `lalic-mse-lambda0.01`."""
     quality = quality_of(metric, lmbda)
     return f"lalic-{metric}-" + (f"q{quality}" if quality else f"lambda{lmbda:g}")
+
+
+def range_name(metric: str) -> str:
+    """Name of the release bundle of a model that serves every rate: `lalic-mse-vbr` (variable bit rate)."""
+    return f"lalic-{metric}-vbr"
