@@ -85,13 +85,23 @@ def load_operator(checkout: Path) -> Any:
     return import_published(checkout).load_biwkv4()
 
 
+def published_sizes(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the published constructor takes of an architecture; LalicError for weights `name` that do not fit it."""
+    from lalic.model.weights import AGGREGATION_RATE, CONTEXT_RATE
+
+    widths = {"context_rate": CONTEXT_RATE, "aggregation_rate": AGGREGATION_RATE}
+    if "rungs" in config or any(config[key] != value for key, value in widths.items()):
+        raise LalicError(
+            f"{name} does not fit the published code, which has context_rate {CONTEXT_RATE}, aggregation_rate "
+            f"{AGGREGATION_RATE} and one rate"
+        )
+    return {key: config[key] for key in ("N", "M", "dims", "depths", "groups")}
+
+
 def load_published(checkout: Path, like: Any) -> Any:
     """The published model of the architecture and with the weights of `like`, a LALIC."""
     from lalic.model import published_state_dict
 
-    sizes = like.config
-    model = import_published(checkout).LALIC(
-        N=sizes["N"], M=sizes["dims"][3], dims=list(sizes["dims"]), depths=list(sizes["depths"]), groups=sizes["groups"]
-    )
+    model = import_published(checkout).LALIC(**published_sizes(like.config, "the model"))
     model.load_state_dict(published_state_dict(like))
     return model

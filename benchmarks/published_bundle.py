@@ -4,8 +4,8 @@
 
 The published code in CHECKOUT (nothing in it is changed) loads the bundle's .pth with its own `load_checkpoint`,
 strictly, and both codes run on the same images. Its operator exists for CUDA alone; on a CPU it is replaced by ours,
-all else is theirs. `--full` adds a random model of the published size. `--eval` also runs its eval.py with --real, as a
-program of its own, and ours beside it.
+all else is theirs. The bundles may be the six that were folded out of one model for all rates. `--full` adds a random
+model of the published size. `--eval` also runs its eval.py with --real, as a program of its own, and ours beside it.
 
 Then the other way: what the published model's own state_dict() saves is loaded here, with both spellings of the entropy
 bottleneck's parameters, and must have the same fingerprint.
@@ -20,6 +20,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,26 +79,49 @@ def _command(args: argparse.Namespace) -> str:
 def on_cpu(checkout: Path, pth: Path) -> Any:
     """The published class for the sizes of a .pth file; without CUDA, its operator is the formula, nothing is compiled.
 
-    Its own from_state_dict knows the published sizes alone, so other sizes are told to its constructor.
+    Its own from_state_dict knows the published sizes alone, so other sizes are told to its constructor, and the two
+    hidden widths that it fixes to the blocks that it builds.
     """
     import torch
     import torch.utils.cpp_extension
 
-    from benchmarks.published import import_published
+    from benchmarks.published import import_published, published_sizes
     from lalic.model import load_weights
+    from lalic.model.weights import AGGREGATION_RATE, CONTEXT_RATE
     from lalic.ops import biwkv
 
     published = import_published(checkout)
     if not torch.cuda.is_available():
         published.load_biwkv4 = lambda: None
         published.RUN_BiWKV4 = biwkv
-    sizes = load_weights(pth).config
+    config = load_weights(pth).config
+    widths = {"context_rate": CONTEXT_RATE, "aggregation_rate": AGGREGATION_RATE}
+    sizes = published_sizes(config | widths, str(pth))
 
     class Sized(published.LALIC):
         def __init__(self) -> None:
-            super().__init__(**sizes)
+            with _hidden_widths(published, config):
+                super().__init__(**sizes)
 
     return Sized
+
+
+@contextmanager
+def _hidden_widths(published: Any, config: dict[str, Any]) -> Iterator[None]:
+    """While its constructor runs, its blocks have the hidden widths of `config`."""
+    from lalic.model.weights import CONTEXT_RATE
+
+    block, aggregation = published.RwkvBlock_BiV4, published.EntropyParametersBlock
+
+    def context_block(dim: int, hidden_rate: int = 4) -> Any:
+        return block(dim, config["context_rate"] if hidden_rate == CONTEXT_RATE else hidden_rate)
+
+    published.RwkvBlock_BiV4 = context_block
+    published.EntropyParametersBlock = partial(aggregation, expansion_factor=config["aggregation_rate"])
+    try:
+        yield
+    finally:
+        published.RwkvBlock_BiV4, published.EntropyParametersBlock = block, aggregation
 
 
 def their_checkpoint(checkout: Path, path: Path) -> Any:
@@ -123,7 +149,8 @@ def compare(checkout: Path, pth: Path, images: list[Path]) -> dict[str, Any]:
     back = {
         spelling: fingerprint(_reload(state)) == fingerprint(ours) for spelling, state in _spellings(theirs).items()
     }
-    return {"parameters": sum(p.numel() for p in ours.parameters()), "images": rows, "loaded_back": back}
+    told = {key: ours.config[key] for key in ("context_rate", "aggregation_rate")}
+    return {"parameters": sum(p.numel() for p in ours.parameters()), **told, "images": rows, "loaded_back": back}
 
 
 def _on_image(ours: Any, theirs: Any, path: Path) -> dict[str, Any]:
