@@ -6,6 +6,7 @@
     python -m lalic.export --checkpoint release/lalic-mse-q3 --eval kodak.json --output release/ --force
     python -m lalic.export --run RUN --precision float16 --output weights/
     python -m lalic.export --checkpoint weights/lalic-mse-q3 --output release/
+    python -m lalic.export --run RUN --quality 1 2 3 4 5 6 --output release/
 
 The second form takes the runs of a ladder, runs/lalic-q1 ... runs/lalic-q6, that have a checkpoint. The third bundles
 weights that come from elsewhere, such as published ones. Metric and lambda are taken from the checkpoint or from a file
@@ -16,11 +17,16 @@ Of a run that was trained with `train.ema`, the averaged weights are taken, whic
 `--weights raw` takes those of the last step.
 
 `--precision float16` writes a compact bundle: what was learned alone, rounded to float16, and no .pth file. That is
-another model than the checkpoint's, and what `--eval` adds must have been measured on the bundle. The last form makes
-the full bundle of a compact one: the same numbers and fingerprint.
+another model than the checkpoint's, and what `--eval` adds must have been measured on the bundle. The last form but
+one makes the full bundle of a compact one: the same numbers and fingerprint.
 
-As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run that cannot
-be exported is told at the end, with a non-zero status, and keeps none of the others back.
+Weights that serve a range of qualities (`loss.quality: [1, 6]`) make one bundle, such as lalic-mse-vbr, without a .pth
+file. With `--quality`, they make a bundle in the published layout for each of the whole qualities named, lalic-mse-q1
+and so on: the gains of that quality are folded into two convolutions, which is another model with another fingerprint,
+the same to 1e-5. On weights of a single rate, `--quality` is their label.
+
+As soon as there are two bundles in the output folder, its SHA256SUMS lists the files of all of them. A run or
+quality that cannot be exported is told at the end, with a non-zero status, and keeps none of the others back.
 """
 
 from __future__ import annotations
@@ -36,10 +42,11 @@ from typing import Any
 from lalic.card import Licence
 from lalic.card_evaluation import joined, read_evaluations
 from lalic.errors import LalicError, run_main
-from lalic.ladder import LADDERS, lambda_of, release_name
+from lalic.ladder import LADDERS, MSE, lambda_of, loss_name
 from lalic.release import Weights, in_precision, open_checkpoint, open_weights, write_bundle
 from lalic.release_files import FLOAT16, FLOAT32
 from lalic.release_folder import check_sums, kept_sums
+from lalic.release_rates import folded, quality_label, range_loss, whole_rungs
 from lalic.release_training import training_facts
 
 log = logging.getLogger("lalic.export")
@@ -54,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.checkpoint is not None:
         if args.step is not None or args.best:
             raise LalicError("--step and --best choose a checkpoint of --run; --checkpoint names one itself")
-        _export(open_weights(args.checkpoint, args.weights), args)
-        return 0
+        return _export(open_weights(args.checkpoint, args.weights), args)
     runs = args.run or runs_of_sweep(args.sweep)
     if len(runs) == 1:
-        _export(open_checkpoint(*_chosen(runs[0], args), args.weights), args)
-        return 0
+        return _export(open_checkpoint(*_chosen(runs[0], args), args.weights), args)
     return _export_all(runs, args)
 
 
@@ -87,8 +92,31 @@ def _chosen(run: Path, args: argparse.Namespace) -> tuple[Path, int | None]:
     return run, best_step(run) if args.best else args.step
 
 
-def _export(weights: Weights, args: argparse.Namespace) -> None:
-    weights.loss = _loss(weights, args.metric, args.lmbda, args.quality)
+def _export(weights: Weights, args: argparse.Namespace) -> int:
+    """Write the bundle of the weights, or of several rates those of the qualities named; 1 when one of them failed."""
+    if weights.model.rates is None:
+        weights.loss = _loss(weights, args.metric, args.lmbda, _label(weights, args.quality))
+    else:
+        weights.loss = _range_loss(weights, args.metric, args.lmbda)
+    if weights.model.rates is None or args.quality is None:
+        _write(weights, args)
+        return 0
+    rungs = whole_rungs(weights, args.quality)
+    if len(rungs) == 1:
+        _write(folded(weights, rungs[0]), args)
+        return 0
+    failures: dict[int, Exception] = {}
+    for rung in rungs:
+        try:
+            _write(folded(weights, rung), args)
+        except (LalicError, OSError) as error:
+            failures[rung] = error
+    for rung, failure in failures.items():
+        print(f"error: quality {rung} is not exported: {' '.join(str(failure).split())}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _write(weights: Weights, args: argparse.Namespace) -> None:
     weights = in_precision(weights, args.precision)
     log.info("weights of %s%s", weights.source, ", averaged" if weights.kind == "ema" else "")
     recipe = training_facts(Path(weights.source), averaged=weights.kind == "ema") or weights.training
@@ -97,7 +125,7 @@ def _export(weights: Weights, args: argparse.Namespace) -> None:
         if not measured:
             log.warning("%s: --eval has no numbers of these weights", weights.source)
         weights.evaluations = joined(weights.evaluations, measured)
-    with kept_sums(args.output, release_name(weights.loss["metric"], weights.loss["lambda"])):
+    with kept_sums(args.output, loss_name(weights.loss)):
         folder = write_bundle(weights, args.output, force=args.force, recipe=recipe, licence=_licence(args))
     print(folder, flush=True)
 
@@ -141,9 +169,12 @@ def _source(run: Path, args: argparse.Namespace) -> _Source:
 
     folder = find_checkpoint(*_chosen(run, args))
     loss = read_meta(folder).get("loss") or {}
-    if not isinstance(loss, dict) or "metric" not in loss or "lambda" not in loss:
-        raise LalicError(f"{folder} does not say what it was trained for: export it by itself with --quality")
-    return _Source(run, folder, release_name(loss["metric"], float(loss["lambda"])))
+    try:
+        return _Source(run, folder, loss_name(loss))
+    except (KeyError, TypeError, ValueError) as error:
+        raise LalicError(
+            f"{folder} does not say what it was trained for: export it by itself with --quality"
+        ) from error
 
 
 def _licence(args: argparse.Namespace) -> Licence | None:
@@ -154,6 +185,43 @@ def _licence(args: argparse.Namespace) -> Licence | None:
     if (args.licence or "other") == "other" and not note:
         raise LalicError("--license other needs --license-note TEXT, which says what the weights may be used for")
     return Licence(args.licence or "other", note)
+
+
+def _label(weights: Weights, qualities: Sequence[float] | None) -> int | None:
+    """The rung that --quality names for weights of a single rate; LalicError for what only several rates have."""
+    if qualities is None:
+        return None
+    has = f", {loss_name(weights.loss)}" if "lambda" in weights.loss else ""
+    if len(qualities) > 1:
+        raise LalicError(f"{weights.source} has one rate{has}: it cannot be exported at several qualities")
+    (quality,) = qualities
+    if not quality.is_integer():
+        raise LalicError(f"{weights.source} has one rate{has}: it has no quality {quality:g}")
+    if quality not in MSE:
+        raise LalicError(f"--quality {quality:g} is not on the ladder, which has {min(MSE)} to {max(MSE)}")
+    return int(quality)
+
+
+def _range_loss(weights: Weights, metric: str | None, lmbda: float | None) -> dict[str, Any]:
+    """The loss of weights of several rates: what the checkpoint says, or the ladder of `metric` at its rungs."""
+    known, rungs = weights.loss, weights.model.config["rungs"]
+    if lmbda is not None:
+        raise LalicError(
+            f"{weights.source} has several rates, whose lambdas are those of the ladder: leave --lambda out"
+        )
+    if not known:
+        if metric is None:
+            raise LalicError(f"{weights.source} does not say what it was trained for: add --metric")
+        return range_loss(metric, rungs)
+    try:
+        quality_label(known, rungs)
+    except (KeyError, TypeError, ValueError) as error:
+        raise LalicError(f"{weights.source} does not say what it was trained for: {error}") from error
+    except LalicError as error:
+        raise LalicError(f"{weights.source}: {error}") from error
+    if metric not in (None, known["metric"]):
+        raise LalicError(f"{weights.source} was trained with {known['metric']}, not with {metric}: leave --metric out")
+    return known
 
 
 def _loss(weights: Weights, metric: str | None, lmbda: float | None, quality: int | None) -> dict[str, Any]:
@@ -211,7 +279,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("ema", "raw"), help=kinds)
     parser.add_argument("--metric", choices=tuple(LADDERS), help="what the weights were trained for")
     multiplier = parser.add_mutually_exclusive_group()
-    multiplier.add_argument("--quality", type=int, choices=range(1, 7), help="quality label, gives lambda")
+    multiplier.add_argument(
+        "--quality",
+        type=float,
+        nargs="+",
+        metavar="Q",
+        help="of weights of several rates: a bundle of one rate for each; of others: the label, which gives lambda",
+    )
     multiplier.add_argument("--lambda", dest="lmbda", type=float, help="Lagrangian multiplier of the loss")
     parser.add_argument(
         "--eval",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 MSE = {1: 0.0018, 2: 0.0035, 3: 0.0067, 4: 0.0130, 5: 0.0250, 6: 0.0483}
 """Published LALIC ladder, for `lambda * 255^2 * MSE + bpp` (the first six values of CompressAI's)."""
@@ -42,3 +44,12 @@ def release_name(metric: str, lmbda: float) -> str:
 def range_name(metric: str) -> str:
     """Name of the release bundle of a model that serves every rate: `lalic-mse-vbr` (variable bit rate)."""
     return f"lalic-{metric}-vbr"
+
+
+def loss_name(loss: Mapping[str, Any]) -> str:
+    """Name of the release bundle of weights with a loss: {"metric", "lambda"}, or {"metric", "quality", "lambdas"} of a
+    range of qualities. KeyError when it says neither.
+    """
+    if "lambdas" in loss:
+        return range_name(loss["metric"])
+    return release_name(loss["metric"], float(loss["lambda"]))

@@ -1,7 +1,7 @@
 """Release bundles: a folder that holds one model in a form that people can keep, check and use.
 
     release/lalic-mse-q3/
-        lalic-mse-q3.pth     plain state dict in the published layout; absent in a compact bundle
+        lalic-mse-q3.pth     plain state dict in the published layout; absent in a compact bundle and with several rates
         model.safetensors    the same tensors, the hyper transforms under their short names only; in a compact bundle
                              what was learned, in float16
         config.json          architecture, metric, lambda, quality label, step, averaged or raw, precision, fingerprint,
@@ -12,6 +12,7 @@
         README.md            model card
         SHA256SUMS           checksums of all the files above, for `sha256sum -c`
 
+A model for several rates is one bundle, release/lalic-mse-vbr; lalic.release_rates folds bundles of one rate out of it.
 The model of a compact bundle is exactly its float16 numbers (lalic.model.compact): fingerprint, reference picture and
 evaluation are of these. Nothing in a bundle is ever unpickled as code.
 """
@@ -32,7 +33,7 @@ from lalic.errors import LalicError
 from lalic.fetch import address_of, resolve
 from lalic.fetch_cache import forget, without_suffix
 from lalic.files import fsync_folder
-from lalic.ladder import release_name
+from lalic.ladder import lambda_of, loss_name
 from lalic.model import LALIC, fingerprint, load_weights
 from lalic.model.compact import is_rounded, rounded
 from lalic.model.lalic import check_architecture
@@ -49,6 +50,7 @@ from lalic.release_files import (
     read_extra,
     verify_bundle,
 )
+from lalic.release_rates import range_loss
 from lalic.versions import versions
 
 __all__ = [
@@ -75,7 +77,8 @@ class Weights:
     source: str
     step: int | None = None
     loss: dict[str, Any] = field(default_factory=dict)
-    """{"metric", "lambda"}; empty when the file does not say."""
+    """{"metric", "lambda"}, of several rates {"metric", "quality": [lowest, highest], "lambdas"}; empty when the file
+    does not say."""
     metrics: dict[str, Any] = field(default_factory=dict)
     kind: Kind | None = None
     """Averaged weights or those of the last step; None when the file does not say."""
@@ -87,6 +90,8 @@ class Weights:
     """Of a bundle: FLOAT32 or FLOAT16, that of its model.safetensors. The model itself is float32 always."""
     licence: Licence | None = None
     """Of a bundle: that of its card, where its configuration tells it."""
+    folded: dict[str, Any] = field(default_factory=dict)
+    """Of one rate that was folded out of several: {"name", "quality", "fingerprint"} of the weights of all rates."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,7 +134,8 @@ def _open_path(path: Path, kind: Kind | None) -> Weights:
     if kind is not None and not ((path / "meta.json").exists() or (path / "checkpoints").is_dir()):
         raise LalicError(f"{path} is no training run and no checkpoint folder: it holds one kind of weights only")
     if not path.is_dir():
-        return Weights(load_weights(path), stem_of(path), str(path), loss=_loss_from_name(stem_of(path)))
+        model = load_weights(path)
+        return Weights(model, stem_of(path), str(path), loss=_loss_from_name(stem_of(path), model))
     if (path / CONFIG).exists() and (path / SAFETENSORS).exists() and not (path / "meta.json").exists():
         return _open_bundle(path)
     if (path / "meta.json").exists() or (path / "checkpoints").is_dir():
@@ -165,6 +171,7 @@ def _open_bundle(folder: Path) -> Weights:
     weights.training = dict(config.get("training") or {})
     weights.precision = FLOAT16 if config.get("precision") == FLOAT16 else FLOAT32
     weights.licence = Licence.told(config.get("license"))
+    weights.folded = dict(config.get("folded") or {})
     weights.metrics = read_extra(folder, METRICS, {})
     weights.evaluations = read_extra(folder, EVALUATION, [])
     if weights.fingerprint != config["fingerprint"]:
@@ -181,7 +188,7 @@ def _as_told(model: LALIC, told: Any, folder: Path) -> LALIC:
             f"{folder}: {CONFIG} tells an architecture that this version does not know ({error}); "
             "get the bundle again, or install a newer version"
         ) from error
-    if any(told[key] != value for key, value in model.config.items() if key != "N"):
+    if any(told.get(key) != model.config.get(key) for key in told.keys() | model.config.keys() if key != "N"):
         raise LalicError(f"{folder}: the weights have another architecture than {CONFIG} tells; get the bundle again")
     if told == model.config:
         return model
@@ -201,7 +208,7 @@ def write_bundle(
     recipe: Mapping[str, Any] | None = None,
     licence: Licence | None = None,
 ) -> Path:
-    """Write `output/NAME/` whole or not at all; NAME follows from metric and lambda (lalic.ladder).
+    """Write `output/NAME/` whole or not at all; NAME follows from the loss (lalic.ladder).
 
     An existing bundle of the same content is left as it is; another one is replaced only with `force`.
     `recipe` is what the model card tells about the training; `licence` is that of the weights, by default what they
@@ -209,8 +216,7 @@ def write_bundle(
     finite, or that cannot decode what they code.
     """
     licence = licence or weights.licence or Licence()
-    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
-    name = release_name(metric, lmbda)
+    name = loss_name(weights.loss)
     target = output / name
     output.mkdir(parents=True, exist_ok=True)
     temporary = output / f".{name}.{os.getpid()}.tmp"
@@ -252,9 +258,10 @@ def stem_of(path: Path) -> str:
     return without_suffix(path.name)
 
 
-def _loss_from_name(name: str) -> dict[str, Any]:
-    """Metric and lambda of a file that carries a release name, else nothing."""
-    from lalic.ladder import lambda_of
-
-    match = re.search(r"lalic-(mse|ms-ssim)-q([1-6])$", name)
-    return {"metric": match[1], "lambda": lambda_of(match[1], int(match[2]))} if match else {}
+def _loss_from_name(name: str, model: LALIC) -> dict[str, Any]:
+    """The loss that a file's name tells, where it is a release name that fits the model; else nothing."""
+    rungs = model.config.get("rungs")
+    match = re.search(r"lalic-(mse|ms-ssim)-(?:q([1-6])|vbr)$", name)
+    if match is None or (match[2] is None) == (rungs is None):
+        return {}
+    return range_loss(match[1], rungs) if rungs else {"metric": match[1], "lambda": lambda_of(match[1], int(match[2]))}

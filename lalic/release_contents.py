@@ -16,13 +16,13 @@ from lalic.card import Licence, model_card
 from lalic.codec.bitstream import model_label
 from lalic.errors import LalicError
 from lalic.files import fsync_folder, sha256_of, write_json, write_text
-from lalic.ladder import quality_of
 from lalic.metrics import json_ready
 from lalic.model import published_state_dict
 from lalic.model.compact import compact_state_dict
 from lalic.model.weights import deduplicate
 from lalic.reference_picture import code_reference
 from lalic.release_files import CARD, CONFIG, EVALUATION, FLOAT16, FORMAT, METRICS, REFERENCE, SAFETENSORS, SUMS
+from lalic.release_rates import quality_label
 from lalic.versions import versions
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def _write_weights(folder: Path, name: str, weights: Weights) -> None:
         once = compact_state_dict(weights.model, weights.source)
     else:
         once = deduplicate(state)
-        torch.save(state, folder / f"{name}.pth")
+        if weights.model.rates is None:  # the published code has no gains
+            torch.save(state, folder / f"{name}.pth")
     # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
     save_file(once, folder / SAFETENSORS, metadata={"format": "pt"})
     # save_file makes it readable for the owner alone.
@@ -80,17 +81,19 @@ def check_finite(state: Mapping[str, Tensor], name: str) -> None:
 
 
 def _config(name: str, weights: Weights, recipe: Mapping[str, Any], licence: Licence) -> dict[str, Any]:
-    metric, lmbda = weights.loss["metric"], float(weights.loss["lambda"])
+    loss = weights.loss
+    several = {"quality": loss["quality"], "lambdas": loss["lambdas"]} if "lambdas" in loss else None
     return {
         "format": FORMAT,
         "name": name,
         "model": weights.model.config,
-        "loss": {"metric": metric, "lambda": lmbda},
-        "quality": quality_of(metric, lmbda),
+        "loss": {"metric": loss["metric"], **(several or {"lambda": float(loss["lambda"])})},
+        "quality": quality_label(loss, weights.model.config.get("rungs")),
         "step": weights.step,
         "weights": weights.kind,
         "precision": weights.precision,
         "fingerprint": weights.fingerprint,
+        **({"folded": weights.folded} if weights.folded else {}),
         "training": dict(recipe),
         "license": licence._asdict(),
         "versions": versions("lalic", "torch", "compressai"),

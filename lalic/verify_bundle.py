@@ -19,7 +19,7 @@ from lalic.codec.coder import cut, decode_image, encode_image, pad
 from lalic.data.images import read_rgb
 from lalic.errors import LalicError, for_terminal
 from lalic.files import sha256_of
-from lalic.ladder import LADDERS, quality_of, release_name
+from lalic.ladder import loss_name
 from lalic.metrics import bits_per_pixel, decibels, estimated_bits, ms_ssim, psnr, to_rgb8, to_tensor
 from lalic.model import LALIC, fingerprint, published_state_dict
 from lalic.model.compact import learned_names
@@ -42,6 +42,7 @@ from lalic.release_files import (
     read_sums,
     strangers,
 )
+from lalic.release_rates import quality_label
 
 GAP_PERCENT = 25.0
 """Real rate against the estimated one, above which the entropy coder and the model do not fit each other. Trained
@@ -133,19 +134,22 @@ class _Bundle:
     def configuration(self) -> str:
         config = read_config(self.folder)
         try:
-            metric, lmbda = config["loss"]["metric"], float(config["loss"]["lambda"])
-            model = check_architecture(**config["model"])
+            loss, model = config["loss"], check_architecture(**config["model"])
+            quality, name = quality_label(loss, model.get("rungs")), loss_name(loss)
         except (KeyError, TypeError, ValueError) as error:
             raise LalicError(f"{CONFIG} does not say model and loss: {' '.join(str(error).split())}") from error
-        if metric not in LADDERS:
-            raise LalicError(f"{CONFIG}: there is no metric {metric!r}")
-        name = release_name(metric, lmbda)
-        if (config.get("name"), config.get("quality")) != (name, quality_of(metric, lmbda)):
-            raise LalicError(f"{CONFIG} is named {config.get('name')!r}, but {metric}, lambda {lmbda:g} is {name}")
+        except LalicError as error:
+            raise LalicError(f"{CONFIG}: {error}") from error
+        several = isinstance(quality, list)
+        if (config.get("name"), config.get("quality")) != (name, quality):
+            what = f"the qualities {quality}" if several else f"lambda {float(loss['lambda']):g}"
+            raise LalicError(f"{CONFIG} is named {config.get('name')!r}, but {loss['metric']}, {what} is {name}")
         precision, pth = config.get("precision", FLOAT32), [file for file in self.sums if file.endswith(".pth")]
         if precision not in (FLOAT32, FLOAT16):
             raise LalicError(f"{CONFIG}: there is no precision {precision!r}")
-        if precision == FLOAT32 and pth != [f"{name}.pth"]:
+        if several and pth:
+            raise LalicError(f"{pth[0]} does not belong into a bundle of several rates")
+        if precision == FLOAT32 and not several and pth != [f"{name}.pth"]:
             raise LalicError(f"there is no {name}.pth")
         if precision == FLOAT16 and pth:
             raise LalicError(f"{pth[0]} does not belong into a bundle of float16 weights")
@@ -153,7 +157,8 @@ class _Bundle:
             if file in self.sums and not isinstance(read_json(self.folder / file), kind):
                 raise LalicError(f"{file} is not what it should be")
         self.config = config
-        return f"{name}: dims {model['dims']}, depths {model['depths']}, groups {model['groups']}, {precision}"
+        rungs = f", qualities {model['rungs'][0]} to {model['rungs'][-1]}" if several else ""
+        return f"{name}: dims {model['dims']}, depths {model['depths']}, groups {model['groups']}{rungs}, {precision}"
 
     def weights(self) -> str:
         """The safetensors file: strictly the layout that the configuration tells, finite, with its fingerprint."""
@@ -166,9 +171,10 @@ class _Bundle:
         told = check_architecture(**self.config["model"])
         try:
             found = infer_architecture(normalise(state))
-            if differing := [k for k in found if k != "N" and found[k] != told[k]]:
+            keys = [*found, *(key for key in told if key not in found)]
+            if differing := [key for key in keys if key != "N" and found.get(key) != told.get(key)]:
                 key = differing[0]
-                raise LalicError(f"{SAFETENSORS} has {key} {found[key]}, but {CONFIG} says {told[key]}")
+                raise LalicError(f"{SAFETENSORS} has {key} {found.get(key)}, but {CONFIG} says {told.get(key)}")
             model = LALIC(**told)
             model.load_state_dict(state)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError, RuntimeError) as error:
@@ -189,6 +195,8 @@ class _Bundle:
 
     def published(self) -> str:
         """The .pth file: the published layout, name for name, with the numbers of the other file."""
+        if self.model is not None and self.model.rates is not None:
+            return "not checked: several rates have no .pth; `lalic export --quality` makes bundles of one rate"
         if self.compact:
             return "not checked: a compact bundle has no .pth; `lalic export --checkpoint` makes the full one"
         path = self.folder / f"{self.config['name']}.pth"
