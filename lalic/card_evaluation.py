@@ -1,6 +1,7 @@
 """What `lalic eval` found out about released weights, for their bundle and its model card.
 
-One entry for each test set: {"dataset", "images", "coding", "metrics": {name: number}, "environment"}.
+One entry for each test set: {"dataset", "images", "coding", "metrics": {name: number}, "environment"}. With weights of
+several rates, one for each test set and quality, under "quality".
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ NAMES = {
     "ms-ssim-db": "MS-SSIM (dB)",
 }
 """Metrics that belong to weights rather than to a machine, as the card calls them."""
+
+
+QUALITY = "q"
+"""Of a model in a result file: the quality that weights of several rates were measured at."""
 
 
 def read_evaluations(results: Sequence[Path], fingerprint: str) -> list[dict[str, Any]]:
@@ -45,6 +50,7 @@ def _entries(report: Mapping[str, Any], fingerprint: str) -> list[dict[str, Any]
         entries.append(
             {
                 "dataset": report.get("dataset") or images.get("dataset") or Path(images["folder"]).name or "images",
+                **({} if model.get(QUALITY) is None else {"quality": float(model[QUALITY])}),
                 "images": images["used"],
                 "coding": "estimated" if "coding: estimation" in report["description"] else "real",
                 "metrics": {k: v for k, v in values.items() if isinstance(v, int | float)},
@@ -55,20 +61,39 @@ def _entries(report: Mapping[str, Any], fingerprint: str) -> list[dict[str, Any]
 
 
 def joined(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """All entries, those of `new` in place of those of `old` for the same test set and coding."""
-    entries = {(str(e.get("dataset")), str(e.get("coding"))): dict(e) for e in [*old, *new]}
+    """All entries, those of `new` in place of those of `old` for the same test set, coding and quality."""
+    entries = {
+        (str(e.get("dataset")), str(e.get("coding")), float(e.get("quality") or 0)): dict(e) for e in [*old, *new]
+    }
     return [entry for _, entry in sorted(entries.items())]
 
 
 def markdown(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each test set."""
-    parts = []
+    """A table for each test set, with a line for each quality where there are several."""
+    sets: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for entry in entries:
-        rate = "rate from the likelihoods" if entry.get("coding") == "estimated" else "rate from real bytes"
-        rows = "".join(f"| {NAMES[k]} | {v:.4f} |\n" for k, v in entry["metrics"].items() if k in NAMES)
-        title = _plain(entry["dataset"])
-        parts.append(f"Means over the {entry['images']} images of {title}, {rate}:\n\n| | |\n|---|---|\n{rows}")
+        sets.setdefault((str(entry["dataset"]), str(entry.get("coding"))), []).append(entry)
+    parts = []
+    for (dataset, coding), rows in sets.items():
+        rate = "rate from the likelihoods" if coding == "estimated" else "rate from real bytes"
+        title = f"Means over the {rows[0]['images']} images of {_plain(dataset)}, {rate}"
+        parts.append(f"{title}:\n\n{_curve(rows) if 'quality' in rows[0] else _table(rows[0])}")
     return "\n".join(parts)
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    rows = "".join(f"| {NAMES[k]} | {v:.4f} |\n" for k, v in entry["metrics"].items() if k in NAMES)
+    return f"| | |\n|---|---|\n{rows}"
+
+
+def _curve(entries: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each quality, a column for each metric."""
+    names = [key for key in NAMES if any(key in entry["metrics"] for entry in entries)]
+    lines = [["quality", *(NAMES[key] for key in names)], ["---"] * (len(names) + 1)]
+    for entry in entries:
+        values = [entry["metrics"].get(key) for key in names]
+        lines.append([f"{entry.get('quality', 0):g}", *("-" if v is None else f"{v:.4f}" for v in values)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def model_index(name: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +101,7 @@ def model_index(name: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[st
     results = [
         {
             "task": {"type": "image-to-image", "name": "image compression"},
-            "dataset": {"type": _plain(entry["dataset"]), "name": _plain(entry["dataset"])},
+            "dataset": {"type": _plain(entry["dataset"]), "name": _dataset_name(entry)},
             "metrics": [
                 {"type": key, "name": NAMES[key], "value": round(float(value), 6)}
                 for key, value in entry["metrics"].items()
@@ -87,6 +112,12 @@ def model_index(name: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[st
         if entry["metrics"]
     ]
     return [{"name": name, "results": results}] if results else []
+
+
+def _dataset_name(entry: Mapping[str, Any]) -> str:
+    """With the quality, which would not be told apart otherwise."""
+    quality = f", quality {entry['quality']:g}" if "quality" in entry else ""
+    return f"{_plain(entry['dataset'])}{quality}"
 
 
 def _plain(name: str) -> str:

@@ -30,6 +30,8 @@ def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any
     train = _section(config, "train")
     if isinstance(train.get("batch_size"), int):
         facts |= {"batch size": train["batch_size"], "crops seen": meta["step"] * train["batch_size"]}
+    if isinstance(train.get("optimizer"), str) and train["optimizer"] != "adam":
+        facts["optimizer"] = train["optimizer"]
     if start := _start(run, train.get("init_from")):
         facts["started from"] = start
     if train.get("precision"):
