@@ -1,6 +1,6 @@
 """A photograph beside its LALIC file, and beside other codecs at equal bytes.
 
-    lalic compare PHOTO [PHOTO ...] -o FOLDER [--quality Q | --weights W] [--formats jpeg webp avif]
+    lalic compare PHOTO [PHOTO ...] -o FOLDER [--quality Q] [--weights W] [--formats jpeg webp avif]
                   [--crop LEFT,TOP,WIDTH,HEIGHT] [--zoom 4] [--files]
 
 For each photograph FOLDER/NAME-compared.png: the original, what comes out of its .lalic file, and of each format the
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lalic.anchors import FORMATS, format_of
+from lalic.codec.cli import quality_argument
 from lalic.data.images import list_images, read_rgb
 from lalic.drawing import write_picture
 from lalic.equal_bytes import best_within
@@ -65,23 +66,25 @@ class Coded:
         return (self.label, f"{size}: its smallest file" if self.too_large else size, quality)
 
 
-def lalic_file(weights: Weights, rgb: Picture) -> Coded:
+def lalic_file(weights: Weights, rgb: Picture, quality: float | None = None) -> Coded:
     """An (H, W, 3) photograph as `lalic compress` writes it, decoded from those bytes.
 
-    The model must be `update()`d.
+    The model must be `update()`d; of one of several rates, `quality` is the one to code with.
     """
     import torch
 
     from lalic.codec import bitstream
     from lalic.codec.pictures import Picture as Pixels
     from lalic.codec.pictures import decode_picture, encode_picture
+    from lalic.codec.quality import equivalent_lambda, named_with_quality
 
     gray = bool((rgb == rgb[..., :1]).all())
-    coded = encode_picture(weights.model, Pixels(rgb, gray=gray))
-    label = bitstream.model_label(weights.loss.get("metric"), weights.loss.get("lambda"))
+    coded = encode_picture(weights.model, Pixels(rgb, gray=gray), quality=quality)
+    label = bitstream.label_of(weights.loss, several_rates=quality is not None)
     data = bitstream.pack(coded, weights.fingerprint, label, torch.get_num_threads())
     decoded = decode_picture(weights.model, bitstream.parse(data, "the file").image).rgb
-    return _coded(f"LALIC, {weights.name}", ".lalic", data, rgb, decoded)
+    lmbda = equivalent_lambda(weights.loss.get("metric"), coded.quality)
+    return _coded(f"LALIC, {named_with_quality(weights.name, coded.quality, lmbda)}", ".lalic", data, rgb, decoded)
 
 
 def other_file(rgb: Picture, format: str, budget: int) -> Coded:
@@ -95,14 +98,22 @@ def _coded(label: str, suffix: str, data: bytes, rgb: Picture, decoded: Picture,
 
 
 def compare(
-    photo: Path, weights: Weights, formats: Sequence[str], folder: Path, *, crop: Box | None, zoom: int, files: bool
+    photo: Path,
+    weights: Weights,
+    formats: Sequence[str],
+    folder: Path,
+    *,
+    quality: float | None = None,
+    crop: Box | None,
+    zoom: int,
+    files: bool,
 ) -> list[Coded]:
-    """Write the sheet of one photograph; what it shows, the LALIC file first."""
+    """Write the sheet of one photograph; what it shows, the LALIC file first. `quality` as in lalic_file."""
     rgb = read_rgb(photo)
     height, width = rgb.shape[:2]
     if crop is not None and (crop.left + crop.width > width or crop.top + crop.height > height):
         raise LalicError(f"{photo}: the crop reaches beyond its {width} x {height} pixels")
-    ours = lalic_file(weights, rgb)
+    ours = lalic_file(weights, rgb, quality)
     coded = [ours, *(other_file(rgb, format, len(ours.data)) for format in formats)]
     part, note = crop, ""
     if part is None:
@@ -158,16 +169,19 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     import torch
 
     from lalic.codec.bitstream import MAX_THREADS
+    from lalic.codec.quality import chosen_quality
     from lalic.codec.reach import weights_of_quality
     from lalic.release import open_weights
 
     weights = open_weights(args.weights or weights_of_quality(args.quality))
+    quality = chosen_quality(weights, args.quality)
     weights.model.update()
     torch.set_num_threads(min(torch.get_num_threads(), MAX_THREADS))
     args.output.mkdir(parents=True, exist_ok=True)
     print(HEAD)
     for photo in photos:
-        coded = compare(photo, weights, formats, args.output, crop=args.crop, zoom=args.zoom, files=args.files)
+        options = {"quality": quality, "crop": args.crop, "zoom": args.zoom, "files": args.files}
+        coded = compare(photo, weights, formats, args.output, **options)
         print(rows(photo, coded), flush=True)
     print("\n" + "\n".join(str(_target(args.output, photo)) for photo in photos))
     return 0
@@ -208,9 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("photos", nargs="+", type=Path, metavar="PHOTO", help="a photograph, or a folder of them")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the sheets go")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--quality", type=int, metavar="Q", help="rung of the quality ladder, as for lalic compress")
-    which.add_argument("--weights", help="of any kind that lalic compress takes (default: the same as there)")
+    parser.add_argument("--quality", type=quality_argument, metavar="Q", help="as for lalic compress")
+    parser.add_argument("--weights", help="of any kind that lalic compress takes (default: the same as there)")
     parser.add_argument(
         "--formats", nargs="*", default=["jpeg"], metavar="FORMAT",
         help=f"to compare with (default: jpeg): {', '.join(f.lower() for f in FORMATS)}",

@@ -1,12 +1,13 @@
 """`lalic compress`, `lalic decompress` and `lalic info`.
 
-    lalic compress photo.png photo.lalic [--quality 3 | --weights W]
+    lalic compress photo.png photo.lalic [--quality 4.3] [--weights W]
     lalic decompress photo.lalic photo.png [--weights W]
     lalic info photo.lalic
 
 Weights: those of `--weights` (a path, a name or a URL); else what LALIC_WEIGHTS or ./release hold, the only ones or
-those of `--quality`; else the ones that come with the package. A file is decoded by the weights that wrote it, which
-are found by its fingerprint.
+those of `--quality`; else the ones that come with the package. Of weights of several rates, `--quality` is any number
+of their range with at most three decimals. A file is decoded by the weights that wrote it, which are found by its
+fingerprint.
 
 An existing output is kept unless `--force` is given. Output files are written whole or not at all. What needs
 torch is imported only when it is needed, so that `info` and errors come at once.
@@ -21,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lalic.codec import bitstream
-from lalic.codec.reach import at_hand, built_in_qualities, weights_of_quality
+from lalic.codec.quality import chosen_quality, equivalent_lambda, named_with_quality, parse_quality
+from lalic.codec.reach import at_hand, built_in_offers, described_offers, weights_of_quality
 from lalic.codec.startup import import_compressai
 from lalic.errors import LalicError, run_main
 from lalic.files import atomic_open
@@ -47,7 +49,7 @@ def compress(
     source: Path,
     target: Path,
     weights_path: str | None,
-    quality: int | None,
+    quality: float | None,
     force: bool,
     max_pixels: int,
     arithmetic: str,
@@ -55,7 +57,8 @@ def compress(
 ) -> int:
     """Write the picture `source` as the `.lalic` file `target`; `verify` decodes it again first.
 
-    Without `weights_path`, weights of a `quality`, or the default ones (lalic.codec.reach).
+    Without `weights_path`, weights of a `quality`, or the default ones (lalic.codec.reach). Weights of several rates
+    code with the `quality`, or with a default one, which is printed.
     """
     _check_target(target, source, force)
     from lalic.codec.pictures import decode_picture, encode_picture, read_picture
@@ -69,23 +72,26 @@ def compress(
 
     height, width = picture.rgb.shape[:2]
     weights = open_weights(chosen)
+    used = chosen_quality(weights, quality)
     weights.model.update()
     torch.set_num_threads(min(torch.get_num_threads(), bitstream.MAX_THREADS))
     _build_operator()
     start = time.perf_counter()
-    coded = encode_picture(weights.model, picture, arithmetic)
+    coded = encode_picture(weights.model, picture, arithmetic, quality=used)
     seconds = time.perf_counter() - start
     if verify:
         decode_picture(weights.model, coded)
-    label = bitstream.model_label(weights.loss.get("metric"), weights.loss.get("lambda"))
+    label = bitstream.label_of(weights.loss, several_rates=used is not None)
     data = bitstream.pack(coded, weights.fingerprint, label, torch.get_num_threads())
+    lmbda = equivalent_lambda(weights.loss.get("metric"), used)
+    model = named_with_quality(weights.name, used, lmbda, default=quality is None)
     with atomic_open(target) as file:
         file.write(data)
     print(
         f"{target}: {width} x {height} {picture.kind}, {_bytes(source.stat().st_size)} -> {_bytes(len(data))} "
         f"({_parts(coded, len(data))}), "
         f"{len(data) * 8 / (height * width):.4f} bpp, encoded in {seconds:.2f} s"
-        f"{' and decoded again' if verify else ''}, model {weights.name}"
+        f"{' and decoded again' if verify else ''}, model {model}"
     )
     return 0
 
@@ -117,7 +123,8 @@ def decompress(source: Path, target: Path, weights_path: str | None, force: bool
     note = write_picture(picture, target)
     print(
         f"{target}: {parsed.image.width} x {parsed.image.height} {picture.kind}, {_bytes(size)} -> "
-        f"{_bytes(target.stat().st_size)}, decoded in {seconds:.2f} s, model {weights.name}"
+        f"{_bytes(target.stat().st_size)}, decoded in {seconds:.2f} s, "
+        f"model {named_with_quality(weights.name, parsed.image.quality)}"
     )
     if note:
         print(f"note: {note}")
@@ -130,15 +137,22 @@ def info(source: Path) -> int:
     image = parsed.image
     threads = f", {parsed.threads} threads" if parsed.threads else ""
     channels = ("gray" if image.colour == bitstream.GRAY else "RGB") + (" with alpha" if image.alpha else "")
-    print(f"{source}: LALIC picture, format version {bitstream.VERSION}, checksums good")
+    print(f"{source}: LALIC picture, format version {parsed.version}, checksums good")
     print(f"size:       {image.width} x {image.height}, {bitstream.BIT_DEPTH}-bit {channels}")
     print(f"model:      {parsed.model_name}")
+    if image.quality is not None:
+        lmbda = equivalent_lambda(parsed.metric, image.quality)
+        print(
+            f"quality:    {image.quality:g}" + (f", which stands for lambda {lmbda:.4g}" if lmbda is not None else "")
+        )
     print(f"weights:    {at_hand(parsed)}")
     print(f"bytes:      {size} = {_parts(image, size)}")
     print(f"rate:       {size * 8 / (image.height * image.width):.4f} bpp")
     if image.arithmetic == bitstream.FLOAT32:
         *y, z = (len(string) for string in image.strings)
         print(f"strings:    y {' '.join(map(str, y))}, z {z}")
+    for kind, data in image.sections:
+        print(f"section:    type {kind}, {_bytes(len(data))}, of a kind that this version ignores")
     print(f"arithmetic: {image.arithmetic}{threads}")
     return 0
 
@@ -146,7 +160,9 @@ def info(source: Path) -> int:
 def _parts(image: bitstream.CodedImage, size: int) -> str:
     """What the bytes of a file are for."""
     parts = [(sum(len(s) for s in image.strings), "entropy-coded"), (len(image.exceptions), "exceptions")]
-    parts += [(len(image.alpha), "alpha"), (size - image.num_bytes - len(image.alpha), "header and checksums")]
+    sections = sum(len(section.data) for section in image.sections)
+    parts += [(len(image.alpha), "alpha"), (sections, "sections")]
+    parts.append((size - sum(count for count, _ in parts), "header and checksums"))
     return " + ".join(f"{count:,} {what}" for count, what in parts if count)
 
 
@@ -175,6 +191,14 @@ def _bytes(count: int) -> str:
     return f"{count:,} bytes"
 
 
+def quality_argument(text: str) -> float:
+    """`parse_quality` for argparse."""
+    try:
+        return parse_quality(text)
+    except LalicError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -197,16 +221,14 @@ def _parser() -> argparse.ArgumentParser:
         "picture", type=Path, help="JPEG, PNG, WebP, TIFF, ...; coded as 8-bit RGB or gray, with alpha"
     )
     encoder.add_argument("file", type=Path, help=".lalic file to write")
-    which = encoder.add_mutually_exclusive_group()
-    which.add_argument("--weights", help=f"{weights}: path, name or URL")
-    there = (
-        f"built in: {', '.join(map(str, built_in_qualities())) or 'none'}; {DEFAULT_QUALITY} where several are there"
-    )
-    which.add_argument(
+    encoder.add_argument("--weights", help=f"{weights}: path, name or URL")
+    there = f"built in: {described_offers(built_in_offers().values()) or 'none'}; default: {DEFAULT_QUALITY}"
+    encoder.add_argument(
         "--quality",
-        type=int,
+        type=quality_argument,
         metavar="Q",
-        help=f"rung of the quality ladder, larger files for larger numbers ({there})",
+        help="on the quality ladder, larger files for larger numbers: of weights of several rates any number with at "
+        f"most three decimals, otherwise the rung of the weights to take ({there}, or the nearest)",
     )
     encoder.add_argument(
         "--arithmetic",

@@ -18,12 +18,17 @@ another machine as well, but it is linear: who edits a header could repair it wi
 (integers as little-endian int32, elements in the order of channels, rows, columns):
 
     once         the text "ARITHMETIC COLOUR WIDTHxHEIGHT E A\n" in ASCII, E and A being the bytes of the exceptions
-                 and of the alpha channel as coded; the exceptions; the alpha channel
+                 and of the alpha channel as coded; with weights of several rates " Q" before the line feed, the
+                 quality in thousandths, and " TYPE:BYTES" for each section; the exceptions; the alpha channel; the
+                 sections
     each message, the tables' digest (CRC-32 of the tables: rows padded to the longest, lengths, offsets), 4 bytes;
     z first      the index of each element's table; in FLOAT64, but for z, each mean as a multiple of STEP;
                  here stands the check byte; the symbols
 
 FLOAT32 leaves the means out: they shift what is painted by float noise, but not what is decoded.
+
+Weights of several rates (lalic.model.rates) code at a quality, which is rounded to thousandths before anything is
+computed with it: the file holds exactly what the encoder used.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lalic.codec.bitstream import FLOAT32, FLOAT64, CodedImage
+from lalic.codec.bitstream import FLOAT32, FLOAT64, SCALE, CodedImage, Section
 from lalic.codec.strings import OneString, OpenedString, OpenedStrings, SeparateStrings
 from lalic.errors import LalicError
 from lalic.metrics import to_rgb8, to_tensor
@@ -66,10 +71,18 @@ def cut(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def encode_image(
-    model: LALIC, rgb: NDArray[np.uint8], arithmetic: str = FLOAT64, *, colour: str = "rgb", alpha: bytes = b""
+    model: LALIC,
+    rgb: NDArray[np.uint8],
+    arithmetic: str = FLOAT64,
+    *,
+    quality: float | None = None,
+    colour: str = "rgb",
+    alpha: bytes = b"",
+    sections: tuple[Section, ...] = (),
 ) -> CodedImage:
     """`encode` for an (H, W, 3) uint8 picture, on the model's device."""
-    return encode(model, to_tensor(rgb).to(_device(model)), arithmetic, colour=colour, alpha=alpha)
+    x = to_tensor(rgb).to(_device(model))
+    return encode(model, x, arithmetic, quality=quality, colour=colour, alpha=alpha, sections=sections)
 
 
 def decode_image(model: LALIC, image: CodedImage) -> NDArray[np.uint8]:
@@ -78,18 +91,28 @@ def decode_image(model: LALIC, image: CodedImage) -> NDArray[np.uint8]:
 
 
 def encode(
-    model: LALIC, x: Tensor, arithmetic: str = FLOAT64, *, colour: str = "rgb", alpha: bytes = b""
+    model: LALIC,
+    x: Tensor,
+    arithmetic: str = FLOAT64,
+    *,
+    quality: float | None = None,
+    colour: str = "rgb",
+    alpha: bytes = b"",
+    sections: tuple[Section, ...] = (),
 ) -> CodedImage:
     """Entropy-code x (1, 3, H, W) in [0, 1], any H and W from 1 up.
 
-    `arithmetic` is FLOAT64, or FLOAT32 with a model that was `update()`d. `colour` and `alpha` are what CodedImage
-    says; the strings' checks cover them.
+    `arithmetic` is FLOAT64, or FLOAT32 with a model that was `update()`d. `quality` belongs to models of several rates
+    and is rounded to thousandths. `colour`, `alpha` and `sections` are what CodedImage says; the strings' checks cover
+    them. Raises LalicError for a quality that the model does not have.
     """
     height, width = x.shape[-2:]
     recorder = Recorder()
     exact = Exact(recorder) if _known(arithmetic) == FLOAT64 else None
-    messages, _, _ = model.messages(pad(x), exact)
-    empty = CodedImage(width, height, (), b"", 0, arithmetic, recorder.listed(), colour, alpha)
+    thousandths = thousandths_for(model, quality)
+    empty = CodedImage(width, height, (), b"", 0, arithmetic, b"", colour, alpha, thousandths, sections)
+    messages, _, _ = model.messages(pad(x), exact, empty.quality)
+    empty = replace(empty, exceptions=recorder.listed())
     running, checks, strings = _Running(empty), bytearray(), OneString() if exact else SeparateStrings()
     for message in messages:
         ((indexes, symbols),) = message.rows()
@@ -101,11 +124,12 @@ def encode(
 
 def decode(model: LALIC, image: CodedImage) -> Tensor:
     """x_hat (1, 3, H, W) in [0, 1]; LalicError for strings that do not fit the model or its arithmetic."""
-    return cut(model.paint(decode_latents(model, image)), image.height, image.width)
+    return cut(model.paint(decode_latents(model, image), image.quality), image.height, image.width)
 
 
 def decode_latents(model: LALIC, image: CodedImage) -> Tensor:
     """y_hat (1, M, 4 rows, 4 columns), checked; with FLOAT64 in float64 and the same numbers on every machine."""
+    _check_quality(model, image)
     counts = symbol_counts(model, image.height, image.width)
     if len(image.checks) != len(counts):
         raise LalicError(
@@ -121,6 +145,35 @@ def decode_latents(model: LALIC, image: CodedImage) -> Tensor:
     if reader.running.checksum != image.checksum:
         raise _astray(image, "the latents")
     return y_hat
+
+
+def thousandths_for(model: LALIC, quality: float | None) -> int:
+    """What a file holds for the quality: its thousandths, rounded; 0 for a model of one rate.
+
+    Raises LalicError for a quality that the model does not have, and where it has several and none is given.
+    """
+    if model.rates is None:
+        if quality is not None:
+            raise LalicError(f"the model has one rate and takes no quality, but {quality:g} was given")
+        return 0
+    if quality is None:
+        raise LalicError(
+            f"the model has several rates: give a quality from {model.rates.lowest} to {model.rates.highest}"
+        )
+    model.rates.check(quality)
+    return round(quality * SCALE)
+
+
+def _check_quality(model: LALIC, image: CodedImage) -> None:
+    """LalicError for a quality that the model does not have."""
+    if model.rates is None and image.quality is not None:
+        raise LalicError(
+            f"the file was written with weights of several rates (quality {image.quality:g}), not with these"
+        )
+    if model.rates is not None and image.quality is None:
+        raise LalicError("the file was written with weights of one rate, and these have several")
+    if model.rates is not None and image.quality is not None:
+        model.rates.check(image.quality)
 
 
 def _known(arithmetic: str) -> str:
@@ -148,10 +201,13 @@ class _Running:
     """The digest that encoder and decoder both run."""
 
     def __init__(self, image: CodedImage):
-        sizes = f"{image.width}x{image.height} {len(image.exceptions)} {len(image.alpha)}"
-        self._digest = hashlib.sha256(f"{image.arithmetic} {image.colour} {sizes}\n".encode("ascii"))
-        self._digest.update(image.exceptions)
-        self._digest.update(image.alpha)
+        words = [image.arithmetic, image.colour, f"{image.width}x{image.height}"]
+        words += [str(len(image.exceptions)), str(len(image.alpha))]
+        if image.thousandths:
+            words += [str(image.thousandths), *(f"{kind}:{len(data)}" for kind, data in image.sections)]
+        self._digest = hashlib.sha256(f"{' '.join(words)}\n".encode("ascii"))
+        for part in (image.exceptions, image.alpha, *(data for _, data in image.sections)):
+            self._digest.update(part)
 
     @property
     def checksum(self) -> int:

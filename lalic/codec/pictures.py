@@ -151,13 +151,18 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     return image
 
 
-def encode_picture(model: LALIC, picture: Picture, arithmetic: str = bitstream.FLOAT64) -> CodedImage:
-    """Code `picture` with a model that was `update()`d: its colours with the model, alpha without loss."""
+def encode_picture(
+    model: LALIC, picture: Picture, arithmetic: str = bitstream.FLOAT64, *, quality: float | None = None
+) -> CodedImage:
+    """Code `picture` with a model that was `update()`d: its colours with the model, alpha without loss.
+
+    `quality` belongs to a model of several rates.
+    """
     from lalic.codec.coder import encode_image
 
     alpha = b"" if picture.alpha is None else alpha_section.encode(picture.alpha)
     colour = bitstream.GRAY if picture.gray else bitstream.RGB
-    return encode_image(model, picture.rgb, arithmetic, colour=colour, alpha=alpha)
+    return encode_image(model, picture.rgb, arithmetic, quality=quality, colour=colour, alpha=alpha)
 
 
 def decode_picture(model: LALIC, coded: CodedImage) -> Picture:
