@@ -57,7 +57,7 @@ def code_reference(model: LALIC, fingerprint: str, label: int, path: Path) -> di
     picture = reference_picture()
     with _one_thread():
         model.update()
-        coded = encode_image(model, picture, quality=_quality(model))
+        coded = encode_image(model, picture, quality=middle_quality(model))
         data = bitstream.pack(coded, fingerprint, label, 1)
         decoded = psnr(picture, decode_image(model, coded))
         estimated = _estimated(model, picture, coded.quality)
@@ -106,8 +106,8 @@ def _compare(what: str, found: float, told: float, allowed: float, unit: str) ->
         raise LalicError(f"{what} {found:.6g} {unit} here, and {told:.6g} {unit} where the bundle was written")
 
 
-def _quality(model: LALIC) -> float | None:
-    """What the picture is coded with: the middle of the model's range; None for a model of one rate."""
+def middle_quality(model: LALIC) -> float | None:
+    """What pictures are coded with to check a bundle: the middle of the model's range; None for a model of one rate."""
     return None if model.rates is None else (model.rates.lowest + model.rates.highest) / 2
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lalic.card import Licence, model_card
-from lalic.codec.bitstream import model_label
+from lalic.codec.bitstream import label_of
 from lalic.errors import LalicError
 from lalic.files import fsync_folder, sha256_of, write_json, write_text
 from lalic.metrics import json_ready
@@ -33,7 +33,7 @@ def fill_bundle(folder: Path, name: str, weights: Weights, recipe: Mapping[str, 
     """Write the files of the bundle `name` into an empty folder, and wait until they are on the disk."""
     _write_weights(folder, name, weights)
     config = _config(name, weights, recipe, licence)
-    label = model_label(config["loss"]["metric"], config["loss"]["lambda"])
+    label = label_of(config["loss"], weights.model.rates is not None)
     try:
         told = code_reference(weights.model, weights.fingerprint, label, folder / REFERENCE)
     except LalicError as error:

@@ -148,5 +148,11 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _stage(stage: dict[str, Any]) -> str:
+    """One stage in words; what changes the learning rate inside it stands in brackets behind it."""
+    changes = [f"warm-up {stage['warmup']}"] if stage.get("warmup") else []
+    changes += [f"{stage.get('decay')} to {stage['lr_end']}"] if stage.get("lr_end") is not None else []
+    behind = {"lr": f" ({', '.join(changes)})" if changes else ""}
     keys = {"epochs": "epochs", "steps": "steps", "lr": "learning rate", "crop": "crop"}
-    return ", ".join(f"{name} {stage[key]}" for key, name in keys.items() if stage.get(key) is not None)
+    return ", ".join(
+        f"{name} {stage[key]}{behind.get(key, '')}" for key, name in keys.items() if stage.get(key) is not None
+    )

@@ -25,7 +25,7 @@ from lalic.model import LALIC, fingerprint, published_state_dict
 from lalic.model.compact import learned_names
 from lalic.model.lalic import check_architecture
 from lalic.model.weights import MERGED_KERNEL, deduplicate, infer_architecture, normalise, read_state_dict
-from lalic.reference_picture import check_reference
+from lalic.reference_picture import check_reference, middle_quality
 from lalic.release_contents import check_finite
 from lalic.release_files import (
     CARD,
@@ -231,19 +231,21 @@ class _Bundle:
         assert self.model is not None and self.image is not None
         rgb = read_rgb(self.image, max_pixels=MAX_PIXELS)
         height, width = rgb.shape[:2]
-        coded = encode_image(self.model, rgb)
+        quality = middle_quality(self.model)
+        coded = encode_image(self.model, rgb, quality=quality)
         decoded = decode_image(self.model, coded)
         with torch.inference_mode():
-            out = self.model(pad(to_tensor(rgb)))
+            out = self.model(pad(to_tensor(rgb)), quality)
         estimated = estimated_bits(out["likelihoods"]) / (height * width)
         bpp = bits_per_pixel(coded.num_bytes, height, width)
         gap = 100 * (bpp / max(estimated, 1e-9) - 1)
         whole = psnr(rgb, decoded)
         expected = psnr(rgb, to_rgb8(cut(out["x_hat"], height, width)))
         similarity = decibels(ms_ssim(rgb, decoded))
+        at = "" if quality is None else f" at quality {quality:g}"
         text = (
-            f"{for_terminal(self.image.name)}, {width} x {height}: {bpp:.4f} bpp ({gap:+.2f} % from the "
-            f"estimate), {whole:.2f} dB PSNR" + (f", {similarity:.2f} dB MS-SSIM" if similarity is not None else "")
+            f"{for_terminal(self.image.name)}, {width} x {height}{at}: {bpp:.4f} bpp ({gap:+.2f} % from the estimate), "
+            f"{whole:.2f} dB PSNR" + (f", {similarity:.2f} dB MS-SSIM" if similarity is not None else "")
         )
         if abs(coded.num_bytes - estimated * height * width / 8) > GAP_PERCENT / 100 * coded.num_bytes + _GAP_BYTES:
             raise LalicError(f"{text}: real and estimated rate are too far apart")
