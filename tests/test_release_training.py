@@ -96,6 +96,18 @@ class TestFacts:
         facts = training_facts(self.write(tmp_path / "low", self.CONFIG, total_steps=2000))
         assert facts["stages"].endswith("crop 128 (planned; these weights are of step 1,000 of 2,000)")
 
+    def test_what_changes_the_learning_rate_inside_a_stage(self, tmp_path: Path) -> None:
+        config = (
+            "train: {optimizer: muon}\nstages:\n"
+            "- {steps: 90, lr: 0.02, crop: 64, warmup: 5, decay: cosine, lr_end: 0.0}\n"
+            "- {steps: 10, lr: 0.01, crop: 64, warmup: 0, decay: constant, lr_end: null}\n"
+        )
+        facts = training_facts(self.write(tmp_path / "low", config))
+        assert facts["optimizer"] == "muon"
+        first, second = facts["stages"].split("; ")
+        assert first == "steps 90, learning rate 0.02 (warm-up 5, cosine to 0.0), crop 64"
+        assert second.startswith("steps 10, learning rate 0.01, crop 64")
+
     def test_a_name_that_was_given_later(self, tmp_path: Path) -> None:
         place = self.write(tmp_path / "low", "data: {name: null}\n")
         assert "trained on" not in training_facts(place)

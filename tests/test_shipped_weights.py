@@ -15,15 +15,21 @@ import pytest
 from checkout_root import ROOT
 from photo_like import photo_like
 from PIL import Image
+from rates_samples import loss_of, rates_model
 from test_builtin import write_bundles
 
 from lalic.metrics import psnr
+from lalic.release import Weights, in_precision, write_bundle
 from lalic.release_builtin import builtin_folder
+from lalic.release_folder import kept_sums
 from lalic.verify import main as verify
 
 WEIGHTS = ROOT / "weights"
 BUNDLES = sorted(f for f in WEIGHTS.glob("lalic-*") if f.is_dir())
+ALL_RATES = [f for f in BUNDLES if f.name.endswith("-vbr")]
+ONE_RATE = [f for f in BUNDLES if f not in ALL_RATES]
 MOST_BYTES = 16_000_000
+"""Of the bundles of one rate together, and of each bundle of all rates."""
 
 
 @pytest.fixture
@@ -43,7 +49,8 @@ def test_whole(bundles: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_small_enough(bundles: list[Path]) -> None:
-    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) <= MOST_BYTES
+    for together in (ONE_RATE, *([bundle] for bundle in ALL_RATES)):
+        assert sum(f.stat().st_size for bundle in together for f in bundle.rglob("*") if f.is_file()) <= MOST_BYTES
 
 
 def test_compact_with_cards(bundles: list[Path]) -> None:
@@ -56,22 +63,28 @@ def test_compact_with_cards(bundles: list[Path]) -> None:
 
 
 def test_they_code(bundles: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Larger files and better pictures from the lowest rung to the highest."""
+    """Larger files and better pictures from the lowest rung to the highest, and within a model of all rates."""
     from lalic.codec.cli import main
 
     monkeypatch.setenv("LALIC_WEIGHTS", str(WEIGHTS))
     monkeypatch.chdir(tmp_path)
     pixels = photo_like(256, 192)
     Image.fromarray(pixels).save("photo.png")
-    sizes, quality = [], []
-    for bundle in bundles:
-        main(["compress", "photo.png", f"{bundle.name}.lalic", "--weights", bundle.name])
-        main(["decompress", f"{bundle.name}.lalic", f"{bundle.name}.png"])
-        sizes.append(Path(f"{bundle.name}.lalic").stat().st_size)
-        quality.append(psnr(pixels, np.asarray(Image.open(f"{bundle.name}.png"))))
-    assert min(quality) > 20 and max(sizes) < pixels.nbytes / 8, (sizes, quality)
-    if len(bundles) > 1:
-        assert sizes[0] < sizes[-1] and quality[0] < quality[-1], (sizes, quality)
+    curves = [[["--weights", bundle.name] for bundle in ONE_RATE]]
+    for bundle in ALL_RATES:
+        lowest, highest = json.loads((bundle / "config.json").read_text())["quality"]
+        between = (lowest, (lowest + highest) / 2 + 0.3, highest)
+        curves.append([["--weights", bundle.name, "--quality", f"{quality:g}"] for quality in between])
+    for curve in curves:
+        sizes, quality = [], []
+        for flags in curve:
+            main(["compress", "photo.png", "photo.lalic", "--force", *flags])
+            main(["decompress", "photo.lalic", "back.png", "--force"])
+            sizes.append(Path("photo.lalic").stat().st_size)
+            quality.append(psnr(pixels, np.asarray(Image.open("back.png"))))
+        assert all(q > 20 for q in quality) and all(s < pixels.nbytes / 8 for s in sizes), (sizes, quality)
+        if len(curve) > 1:
+            assert sizes[0] < sizes[-1] and quality[0] < quality[-1], (sizes, quality)
 
 
 @pytest.mark.slow
@@ -84,6 +97,9 @@ def test_installed_from_a_wheel(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     (source / "weights" / "SHA256SUMS").unlink(missing_ok=True)
     write_bundles(source / "weights", {3: 1, 5: 2})
+    in_range = Weights(rates_model(), "x", "x", loss=loss_of())
+    with kept_sums(source / "weights", "lalic-mse-vbr"):
+        write_bundle(in_precision(in_range, "float16"), source / "weights")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     wheel = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path), str(source)]
     built = subprocess.run(wheel, capture_output=True, text=True, check=False)
@@ -99,7 +115,7 @@ def test_installed_from_a_wheel(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     there = sorted(str(f.relative_to(site / "lalic")) for f in (site / "lalic" / "weights").rglob("*.*") if f.is_file())
     assert [f for f in there if f.endswith("safetensors")] == [
-        f"weights/lalic-mse-q{q}/model.safetensors" for q in (3, 5)
+        f"weights/lalic-mse-{name}/model.safetensors" for name in ("q3", "q5", "vbr")
     ]
     # What lalic needs is where this Python has it, behind the wheel's own folder.
     others = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
@@ -127,5 +143,9 @@ def test_installed_from_a_wheel(tmp_path: Path) -> None:
     assert "lalic-mse-q5, built in" in lalic("info", "a.lalic")
     lalic("decompress", "a.lalic", "a.png")
     assert "good" in lalic("verify", "lalic-mse-q3")
+    lalic("compress", "photo.png", "c.lalic", "--weights", "lalic-mse-vbr", "--quality", "4.3")
+    assert "lalic-mse-vbr, built in" in lalic("info", "c.lalic")
+    lalic("decompress", "c.lalic", "c.png")
+    assert "good" in lalic("verify", "lalic-mse-vbr")
     for folder in (site / "lalic", *(f for f in (site / "lalic").rglob("*") if f.is_dir())):
         folder.chmod(0o755)
