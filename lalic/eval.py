@@ -1,6 +1,7 @@
 """Measure checkpoints on a folder of images: rate, quality and time, as a table and as JSON.
 
     lalic eval -p CKPT... [-q LABEL...] -i IMAGES -o RECON --result OUT.json --both [--anchors all]
+    lalic eval -p BUNDLE [-q 1 2.5 6] -i IMAGES ...        weights of several rates, at these qualities or all rungs
     torchrun --nproc_per_node N -m lalic.eval ...    (also: accelerate launch -m lalic.eval, srun -n N)
 
 Without `--real` the rate is estimated from the likelihoods; with `--real` every image is entropy-coded, and
@@ -46,7 +47,7 @@ from lalic.curve import Curve
 from lalic.data.images import list_images, read_rgb
 from lalic.errors import LalicError, for_terminal, run_main
 from lalic.evaluation.journal import ImageSums, Journal, key_of
-from lalic.evaluation.options import device_of, labels_of, parser, precision
+from lalic.evaluation.options import Point, check_together, device_of, labels_of, parser, points_of, precision
 from lalic.evaluation.ranks import Ranks, place, usable_cpus
 from lalic.evaluation.result import averages, columns, describe_weights, environment, same_numbers, short, table
 from lalic.fetch import is_name
@@ -68,7 +69,6 @@ class Work:
     command: list[str]
     ranks: Ranks
     device: torch.device
-    labels: list[str]
     images: list[Path]
     names: list[Path]
     """Where each image's reconstruction goes, below the output folder and the label."""
@@ -88,7 +88,7 @@ class Work:
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """Evaluate all checkpoints, one after the other; the JSON is written anew after each of them."""
+    """Evaluate all checkpoints, one after the other; the JSON is written anew after each operating point."""
     args = parser(__doc__).parse_args(argv)
     args.real |= args.both
     if args.anchors == []:
@@ -97,14 +97,15 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     level = logging.INFO if ranks.first else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
     work = ranks.together(lambda: _prepare(args, list(sys.argv[1:] if argv is None else argv), ranks))
-    for checkpoint, label in zip(args.checkpoints, work.labels, strict=True):
+    for i, checkpoint in enumerate(args.checkpoints):
         weights = ranks.together(partial(open_weights, checkpoint))
-        rows = _evaluate(weights, label, work)
-        work.records += rows
-        work.results.append(averages(rows))
-        work.models.append(describe_weights(weights, label, checkpoint))
-        if ranks.first and args.result:
-            write_json(args.result, _report(work))
+        for point in ranks.together(partial(points_of, weights.model.rates, args.checkpoints, args.qualities, i)):
+            rows = _evaluate(weights, point, work)
+            work.records += rows
+            work.results.append(averages(rows))
+            work.models.append(describe_weights(weights, point, checkpoint))
+            if ranks.first and args.result:
+                write_json(args.result, _report(work))
     ranks.close()
     if not ranks.first:
         return 0
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if args.report:
         write_report(_report(work), args.report, args.input_dir, args.output_dir)
     work.journal.remove()
-    print(table(work.labels, work.results))
+    print(table(work.models, work.results))
     if work.curves:
         print(anchors.table(work.curves))
     if work.skipped:
@@ -126,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work:
     """Find everything that is wrong with the command line before anything is measured."""
     device = device_of(args.cuda, ranks.local_rank)
-    labels = labels_of(args.checkpoints, args.qualities)
+    if len(args.checkpoints) > 1:  # of one, it depends on its rates what -q means
+        labels_of(args.checkpoints, args.qualities)
+        check_together(args.checkpoints)
     compressai.set_entropy_coder(args.entropy_coder)
     images = list_images(args.input_dir)
     for path in args.checkpoints:
@@ -147,23 +150,24 @@ def _prepare(args: argparse.Namespace, command: list[str], ranks: Ranks) -> Work
         if args.fresh:
             journal.remove()
     names = reconstruction_names(images, args.input_dir)
-    return Work(args, command, ranks, device, labels, images, names, journal, dataset)
+    return Work(args, command, ranks, device, images, names, journal, dataset)
 
 
-def _evaluate(weights: Weights, label: str, work: Work) -> list[Row]:
-    """Records of one checkpoint over all readable images; what cannot be read is added to `skipped`."""
+def _evaluate(weights: Weights, point: Point, work: Work) -> list[Row]:
+    """Records of one operating point over all readable images; what cannot be read is added to `skipped`."""
     settings = {
         "fingerprint": weights.fingerprint,
         "mode": ["estimate", "real", "both"][work.args.real + work.args.both],
         "coder": [work.args.entropy_coder, work.args.arithmetic],
         "environment": same_numbers(work.environment),
+        **({} if point.quality is None else {"quality": point.quality}),
     }
-    done = work.ranks.share(_measured_before(settings, label, work) if work.ranks.first else None)
+    done = work.ranks.share(_measured_before(settings, point.label, work) if work.ranks.first else None)
     todo = [i for i in range(len(work.images)) if str(i) not in done]
     mine = todo[work.ranks.rank :: work.ranks.size]
     if done and work.ranks.first:
-        log.info("%s: %d of %d images were measured before", label, len(done), len(work.images))
-    rows = _measure(weights, label, mine, settings, work)
+        log.info("%s: %d of %d images were measured before", point.label, len(done), len(work.images))
+    rows = _measure(weights, point, mine, settings, work)
     found: dict[str, Row] = dict(done)
     for theirs in work.ranks.gather({"rows": rows, "skipped": work.skipped}):
         found |= {str(i): row for i, row in theirs["rows"].items()}
@@ -174,7 +178,7 @@ def _evaluate(weights: Weights, label: str, work: Work) -> list[Row]:
         raise LalicError(f"none of the {len(work.images)} images in {work.args.input_dir} could be read")
     # Whatever the file was called and the checkpoint was labelled when it was measured.
     order = sorted(int(i) for i in found)
-    return [{**found[str(i)], "file": str(work.images[i]), "quality": label} for i in order]
+    return [{**found[str(i)], "file": str(work.images[i]), "quality": point.label} for i in order]
 
 
 def _measured_before(settings: Mapping[str, Any], label: str, work: Work) -> dict[str, Row]:
@@ -194,16 +198,23 @@ def _measured_before(settings: Mapping[str, Any], label: str, work: Work) -> dic
 
 
 def _measure(
-    weights: Weights, label: str, mine: Sequence[int], settings: Mapping[str, Any], work: Work
+    weights: Weights, point: Point, mine: Sequence[int], settings: Mapping[str, Any], work: Work
 ) -> dict[int, Row]:
     """Measure this process's share of the images: {number of the image: record}."""
-    args = work.args
+    args, label = work.args, point.label
     model = weights.model.to(work.device).eval()
     model.set_compute_dtype(torch.bfloat16 if args.half else None)
     if args.real and args.arithmetic == FLOAT32:
         model.update()
     estimate = args.both or not args.real
-    session = Session(model, real=args.real, estimate=estimate, warm_up=args.warm_up, arithmetic=args.arithmetic)
+    session = Session(
+        model,
+        real=args.real,
+        estimate=estimate,
+        warm_up=args.warm_up,
+        arithmetic=args.arithmetic,
+        quality=point.quality,
+    )
     rows: dict[int, Row] = {}
     hidden = None if work.ranks.first else True  # None: where there is a terminal
     for i in tqdm(mine, desc=label, unit="image", disable=hidden):
@@ -253,7 +264,7 @@ def _report(work: Work) -> Row:
     """What is written as JSON: the published code's name, description, results and records, and more."""
     args = work.args
     coding = f"{args.entropy_coder} ({args.arithmetic})" if args.real else "estimation"
-    done = list(work.labels[: len(work.results)])
+    done = [model["quality"] for model in work.models]
     description = f"{args.model}, coding: {coding}, cuda: {args.cuda}, {precision(args)}, quality: {done}"
     report = {
         "name": args.model,

@@ -44,15 +44,25 @@ class Session:
         warm_up: run each size once, unmeasured, before its first picture.
         arithmetic: of the entropy coding, FLOAT64 or FLOAT32 (lalic.codec.coder); for FLOAT32 the model must have
             been `update()`d.
+        quality: of a model of several rates.
     """
 
-    def __init__(self, model: LALIC, *, real: bool, estimate: bool, warm_up: bool = False, arithmetic: str = FLOAT64):
+    def __init__(
+        self,
+        model: LALIC,
+        *,
+        real: bool,
+        estimate: bool,
+        warm_up: bool = False,
+        arithmetic: str = FLOAT64,
+        quality: float | None = None,
+    ):
         if not (real or estimate):
             raise ValueError("nothing to measure: real or estimate must be chosen")
         self.model, self.real, self.estimate, self.warm_up = model, real, estimate, warm_up
         self._sizes: set[tuple[int, int]] = set()
         self._first = True
-        self.arithmetic = arithmetic
+        self.arithmetic, self.quality = arithmetic, quality
 
     @torch.inference_mode()
     def measure(self, rgb: NDArray[np.uint8]) -> tuple[Row, NDArray[np.uint8]]:
@@ -88,19 +98,21 @@ class Session:
     def _compute(self, x: Tensor) -> tuple[Row, Tensor]:
         row: Row = {}
         if self.estimate:
-            row, x_hat = _forward(self.model, x)
+            row, x_hat = _forward(self.model, x, self.quality)
         if self.real:
             estimated = row.get("bpp")
-            coded, x_hat = _code(self.model, x, self.arithmetic)
+            coded, x_hat = _code(self.model, x, self.arithmetic, self.quality)
             row |= coded
             if estimated is not None:
                 row |= {"bpp-estimated": estimated, "bpp-gap-percent": gap_percent(row["bpp"], estimated)}
         return row, x_hat
 
 
-def measure(model: LALIC, rgb: NDArray[np.uint8], *, real: bool, estimate: bool) -> tuple[Row, NDArray[np.uint8]]:
+def measure(
+    model: LALIC, rgb: NDArray[np.uint8], *, real: bool, estimate: bool, quality: float | None = None
+) -> tuple[Row, NDArray[np.uint8]]:
     """All numbers of one picture, and its reconstruction (H, W, 3) uint8; see Session."""
-    return Session(model, real=real, estimate=estimate).measure(rgb)
+    return Session(model, real=real, estimate=estimate, quality=quality).measure(rgb)
 
 
 def gap_percent(real: float, estimated: float) -> float:
@@ -108,19 +120,19 @@ def gap_percent(real: float, estimated: float) -> float:
     return (real / estimated - 1) * 100
 
 
-def _forward(model: LALIC, x: Tensor) -> tuple[Row, Tensor]:
+def _forward(model: LALIC, x: Tensor, quality: float | None) -> tuple[Row, Tensor]:
     height, width = x.shape[-2:]
     start = _clock(x.device)
-    out = model(pad(x))
+    out = model(pad(x), quality)
     seconds = _clock(x.device) - start
     bpp = estimated_bits(out["likelihoods"]) / (height * width)
     return {"bpp": bpp, "forward_time": seconds}, cut(out["x_hat"], height, width)
 
 
-def _code(model: LALIC, x: Tensor, arithmetic: str) -> tuple[Row, Tensor]:
+def _code(model: LALIC, x: Tensor, arithmetic: str, quality: float | None) -> tuple[Row, Tensor]:
     height, width = x.shape[-2:]
     start = _clock(x.device)
-    coded = encode(model, x, arithmetic)
+    coded = encode(model, x, arithmetic, quality=quality)
     middle = _clock(x.device)
     x_hat = decode(model, coded)
     end = _clock(x.device)

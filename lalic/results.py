@@ -70,12 +70,21 @@ def curve_of(result: Mapping[str, Any], source: str | Path, label: str | None = 
             psnr=[_number(v) for v in psnr],
             ms_ssim_db=[v if v is None or math.isfinite(v) else None for v in similarity],
             ms_ssim=plain,
+            points=_qualities(result, len(rates)),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise LalicError(f"{source} is not a result file: a rate or a quality in it is not a number") from error
     if len(rates) != len(bpp) or min(rates) <= 0 or max(rates) > _BEYOND:
         raise LalicError(f"{source} has a rate that is not a positive number of bits per pixel: it is not a curve")
     return curve
+
+
+def _qualities(result: Mapping[str, Any], count: int) -> list[float]:
+    """The quality at each of `count` points, where a result is of weights of several rates; else []."""
+    models = result.get("models")
+    told = [m.get("q") for m in models if isinstance(m, Mapping)] if isinstance(models, list) else []
+    numbers = [float(q) for q in told if isinstance(q, int | float) and not isinstance(q, bool) and math.isfinite(q)]
+    return numbers if len(numbers) == len(told) == count else []
 
 
 def _number(value: Any) -> float | None:

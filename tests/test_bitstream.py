@@ -6,12 +6,14 @@ import struct
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalic.codec import CodedImage, bitstream
+from lalic.codec.bitstream import Section
 from lalic.errors import LalicError
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -25,12 +27,17 @@ IMAGES = {
     "gray": replace(PLAIN, colour="gray"),
     "alpha": replace(PLAIN, alpha=b"\0alpha"),
     "all": replace(EXACT, exceptions=b"\1\2\3", colour="gray", alpha=b"\0alpha"),
+    "quality": replace(EXACT, thousandths=4300),
+    "sections": replace(PLAIN, thousandths=1000, sections=(Section(128, b""), Section(255, b"any bytes"))),
 }
+IMAGES["all of version 3"] = replace(IMAGES["all"], thousandths=65535, sections=IMAGES["sections"].sections)
 every_image = pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 
 
-def pack(image: CodedImage, label: int = 3, threads: int = 2) -> bytes:
-    return bitstream.pack(image, FINGERPRINT, label, threads)
+def pack(image: CodedImage, label: int | None = None, threads: int = 2) -> bytes:
+    """The file; the label is that of q3, or of all rates."""
+    default = 7 if image.thousandths else 3
+    return bitstream.pack(image, FINGERPRINT, default if label is None else label, threads)
 
 
 class PlainReader:
@@ -39,18 +46,22 @@ class PlainReader:
     def __init__(self, data: bytes):
         self.data, self.at = data, 0
         assert self.take(4) == bytes.fromhex("8b4c414c")
-        assert self.take(1) == b"\2"
+        (self.version,) = self.take(1)
+        assert self.version in (2, 3)
         flags, label = self.take(2)
         self.gray, alpha, self.float64 = bool(flags & 1), bool(flags & 2), bool(flags & 4)
         assert flags & 8 == 0 and flags >> 4 == 7
         self.quality, self.metric = label & 7, "ms-ssim" if label & 8 else "mse"
         self.fingerprint = self.take(8).hex()
+        self.thousandths = int.from_bytes(self.take(2), "little") if self.version == 3 else 0
         self.threads = None if self.float64 else self.take(1)[0]
         self.width, self.height = self.varint(), self.varint()
         (n,) = self.take(1)
         lengths = [4 * self.varint() for _ in range(1 if self.float64 else n)]
         exceptions = self.varint() if self.float64 else 0
         alpha_bytes = self.varint() if alpha else 0
+        count = self.take(1)[0] if self.version == 3 else 0
+        sections = [(self.take(1)[0], self.varint()) for _ in range(count)]
         self.checks = self.take(n)
         (self.checksum,) = struct.unpack("<I", self.take(4))
         self.header_bytes = self.at + 4
@@ -65,6 +76,10 @@ class PlainReader:
         if alpha:
             self.alpha = self.take(alpha_bytes)
             self.crc(self.alpha)
+        self.sections = []
+        for kind, size in sections:
+            self.sections.append((kind, self.take(size)))
+            self.crc(self.sections[-1][1])
         assert self.at == len(data)
 
     def take(self, n: int) -> bytes:
@@ -97,19 +112,25 @@ class TestRoundTrip:
         assert (read.width, read.height, read.gray) == (768, 512, image.colour == "gray")
         assert tuple(read.strings) == image.strings and read.checks == image.checks and read.checksum == 0xDEADBEEF
         assert (read.exceptions, read.alpha) == (image.exceptions, image.alpha)
-        assert (read.quality, read.metric, read.fingerprint) == (3, "mse", FINGERPRINT[:16])
+        assert (read.quality, read.metric, read.fingerprint) == (7 if image.thousandths else 3, "mse", FINGERPRINT[:16])
+        assert (read.version, read.thousandths) == (3 if image.thousandths else 2, image.thousandths)
+        assert tuple(read.sections) == image.sections
         assert read.float64 == (image.arithmetic == "float64")
         assert read.threads == (None if read.float64 else 2)
 
     @every_image
     def test_every_byte_is_said_by_hand(self, image: CodedImage) -> None:
         flags = 0x70 | (image.colour == "gray") | bool(image.alpha) << 1 | (image.arithmetic == "float64") << 2
-        header = b"\x8bLAL\2" + bytes([flags, 3]) + bytes.fromhex(FINGERPRINT[:16])
+        q, listed = image.thousandths, image.sections
+        header = b"\x8bLAL" + (b"\3" if q else b"\2") + bytes([flags, 7 if q else 3]) + bytes.fromhex(FINGERPRINT[:16])
+        header += bytes([q % 256, q // 256]) if q else b""
         header += b"" if flags & 4 else b"\2"
         header += b"\x80\x06" + b"\x80\x04" + b"\x0b" + (b"\x42" if flags & 4 else bytes(range(1, 12)))
         header += (bytes([len(image.exceptions)]) if flags & 4 else b"") + (b"\6" if flags & 2 else b"")
+        header += (bytes([len(listed)]) if q else b"") + b"".join(bytes([kind, len(data)]) for kind, data in listed)
         header += bytes(range(11)) + b"\xef\xbe\xad\xde"
         sections = [header, b"".join(STRINGS), *(s for s in (image.exceptions, image.alpha) if s)]
+        sections += [data for _, data in listed]
         assert pack(image) == b"".join(s + struct.pack("<I", zlib.crc32(s)) for s in sections)
 
     @given(
@@ -124,6 +145,8 @@ class TestRoundTrip:
         exceptions=st.binary(max_size=300),
         colour=st.sampled_from(["rgb", "gray"]),
         alpha=st.binary(max_size=300),
+        thousandths=st.one_of(st.just(0), st.integers(1000, 65535)),
+        sections=st.dictionaries(st.integers(128, 255), st.binary(max_size=300), max_size=5),
     )
     def test_pack_and_parse(
         self,
@@ -138,12 +161,17 @@ class TestRoundTrip:
         exceptions: bytes,
         colour: str,
         alpha: bytes,
+        thousandths: int,
+        sections: dict[int, bytes],
     ) -> None:
         exact = arithmetic == "float64"
         strings = tuple(bytes([i % 256]) * (4 * n) for i, n in enumerate(words[:1] if exact else words))
         listed = exceptions if exact else b""
         checks = bytes(range(messages if exact else len(words)))
-        image = CodedImage(width, height, strings, checks, checksum, arithmetic, listed, colour, alpha)
+        typed = tuple(Section(*item) for item in sorted(sections.items())) if thousandths else ()
+        label = label & 8 | 7 if thousandths and label else label
+        more = (arithmetic, listed, colour, alpha, thousandths, typed)
+        image = CodedImage(width, height, strings, checks, checksum, *more)
         data = bitstream.pack(image, "ab" * 32, label, threads)
         parsed = bitstream.parse(data, "x")
         assert parsed == bitstream.LalicFile(image, b"\xab" * 8, label, 0 if exact else threads)
@@ -160,6 +188,7 @@ class TestRoundTrip:
         image = replace(EXACT, strings=(bytes(36000),))
         assert PlainReader(pack(image)).header_bytes == 42
         assert len(pack(image)) - image.num_bytes == 46
+        assert PlainReader(pack(replace(image, thousandths=4300))).header_bytes == 45
         strings = tuple(bytes(4 * (130 + 137 * i)) for i in range(11))
         assert PlainReader(pack(replace(PLAIN, strings=strings))).header_bytes == 62
 
@@ -240,6 +269,7 @@ def header(**fields: bytes) -> bytes:
         "flags": b"\x70",
         "label": b"\3",
         "fingerprint": bytes(8),
+        "q": b"",
         "threads": b"\1",
         "width": b"\1",
         "height": b"\1",
@@ -247,6 +277,7 @@ def header(**fields: bytes) -> bytes:
         "lengths": b"\0",
         "exceptions": b"",
         "alpha": b"",
+        "sections": b"",
         "checks": b"\0",
         "checksum": bytes(4),
     }
@@ -293,6 +324,51 @@ class TestHostile:
         with pytest.raises(LalicError, match=message):
             bitstream.parse(data, "x", max_pixels=1 << 28)
 
+    V3: ClassVar[dict[str, bytes]] = {"start": b"\x8bLAL\3", "label": b"\7", "q": b"\xe8\3", "sections": b"\0"}
+
+    def test_the_plain_one_of_version_3_is_accepted(self) -> None:
+        image = bitstream.parse(with_crcs(header(**self.V3), b""), "x").image
+        assert (image.quality, image.sections) == (1.0, ())
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"q": b"\0\0"}, "no encoder writes"),
+            ({"q": b"\xe7\3"}, "no encoder writes"),
+            ({"label": b"\3"}, "no encoder writes"),
+            ({"label": b"\x08"}, "no encoder writes"),
+            ({"label": b"\x17"}, "no encoder writes"),
+            ({"sections": b"\1\0\0"}, "not in ascending order of their types, each once"),
+            ({"sections": b"\2\x80\0\x80\0"}, "not in ascending order of their types, each once"),
+            ({"sections": b"\2\x81\0\x80\0"}, "not in ascending order of their types, each once"),
+            ({"sections": b"\1\5\0"}, "section of type 5, which this program does not know and must not skip"),
+            ({"sections": b"\2\5\0\x80\0"}, "section of type 5"),
+            ({"sections": b"\1\x80\1"}, "cut off"),
+            ({"sections": b"\1\x80\x80\0"}, "damaged"),
+            (
+                {"sections": b"\1\x80\xff\xff\xff\xff\x7f"},
+                "its sections claim 34359738367 bytes, more than the 16777216",
+            ),
+            ({"sections": b"\2\x80\xff\xff\xff\7\x81\2"}, "its sections claim 16777217 bytes"),
+            ({"sections": b"\2\x80\0"}, "damaged"),
+            ({"sections": b"\xff\x80\0"}, "damaged"),
+        ],
+        ids=str,
+    )
+    def test_values_of_version_3(self, fields: dict[str, bytes], message: str, tmp_path: Path) -> None:
+        data = with_crcs(header(**self.V3 | fields), b"")
+        (tmp_path / "a.lalic").write_bytes(data)
+        for call in (lambda: bitstream.read(tmp_path / "a.lalic"), lambda: bitstream.parse(data, "x")):
+            with pytest.raises(LalicError, match=message) as caught:
+                call()
+            assert "\n" not in str(caught.value)
+
+    def test_a_section_that_this_program_knows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a type that a later version gives a meaning."""
+        monkeypatch.setattr(bitstream, "_KNOWN_SECTIONS", frozenset({5}))
+        image = replace(PLAIN, thousandths=2500, sections=(Section(5, b"critical"), Section(200, b"not")))
+        assert bitstream.parse(pack(image), "x").image == image
+
     @given(data=st.data())
     @settings(max_examples=300)
     def test_the_parser_accepts_what_it_would_write(self, data: st.DataObject) -> None:
@@ -337,11 +413,45 @@ class TestPacking:
             pack(replace(PLAIN, strings=(b"abc",), checks=b"\0"))
 
     @pytest.mark.parametrize(
-        "wrong", [{"strings": (), "checks": b""}, {"checks": b"\0"}, {"exceptions": b"\1"}], ids=str
+        ("loss", "several", "name"),
+        [
+            ({"metric": "mse", "quality": [1, 6]}, True, "lalic-mse-vbr"),
+            ({"metric": "ms-ssim", "quality": [1, 6]}, True, "lalic-ms-ssim-vbr"),
+            ({"metric": "mse", "lambda": 0.0067}, True, "lalic-mse-vbr"),  # a file under the name of another
+            ({}, True, "a model of several rates"),
+            ({"metric": "mse", "lambda": 0.0067}, False, "lalic-mse-q3"),
+            ({"metric": "mse", "quality": [1, 6]}, False, "a model off the quality ladder"),
+            ({}, False, "a model off the quality ladder"),
+        ],
+    )
+    def test_label(self, loss: dict[str, object], several: bool, name: str) -> None:
+        image = IMAGES["quality"] if several else PLAIN
+        parsed = bitstream.parse(pack(image, bitstream.label_of(loss, several)), "x")
+        assert parsed.model_name == f"{name} (fingerprint {FINGERPRINT[:16]})"
+        assert parsed.metric == (loss.get("metric") if name.startswith("lalic") else None)
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"strings": (), "checks": b""},
+            {"checks": b"\0"},
+            {"exceptions": b"\1"},
+            {"sections": (Section(128, b""),)},
+            {"thousandths": 1000, "sections": (Section(129, b""), Section(128, b""))},
+            {"thousandths": 1000, "sections": (Section(128, b""), Section(128, b""))},
+            {"thousandths": 1000, "sections": (Section(0, b""),)},
+            {"thousandths": 1000, "sections": (Section(128, bytes(1 << 24)), Section(129, b"1"))},
+        ],
+        ids=lambda wrong: ", ".join(wrong),
     )
     def test_what_no_reader_would_take(self, wrong: dict[str, object]) -> None:
-        with pytest.raises(ValueError, match=r"check bytes|exceptions"):
+        with pytest.raises(ValueError, match=r"check bytes|exceptions|sections"):
             pack(replace(PLAIN, **wrong))
+
+    @pytest.mark.parametrize(("image", "label"), [(PLAIN, 7), (IMAGES["quality"], 3), (IMAGES["quality"], 8)])
+    def test_a_label_of_the_other_version(self, image: CodedImage, label: int) -> None:
+        with pytest.raises(ValueError, match="no label"):
+            pack(image, label)
 
     def test_float64_has_one_string(self) -> None:
         with pytest.raises(ValueError, match="or one with float64"):

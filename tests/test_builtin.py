@@ -109,11 +109,16 @@ class TestCompress:
             main(["compress", "photo.png", "photo.lalic", "--quality", quality])
         assert not Path("photo.lalic").exists()
 
-    @pytest.mark.parametrize("arguments", [["--quality", "high"], ["--quality", "3", "--weights", "lalic-mse-q3"]])
-    def test_flags_that_do_not_go(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("quality", ["high", "nan", "4.3001", "1e0", "", "4,3"])
+    def test_what_is_no_quality(self, quality: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["compress", "photo.png", "photo.lalic", *arguments])
+            cli.main(["compress", "photo.png", "photo.lalic", "--quality", quality])
         assert ended.value.code == 2 and "--quality" in capsys.readouterr().err
+
+    def test_weights_and_the_quality_that_they_have(self) -> None:
+        assert main(["compress", "photo.png", "photo.lalic", "--quality", "3", "--weights", "lalic-mse-q3"]) == 0
+        with pytest.raises(LalicError, match=r"lalic-mse-q3 has one rate, quality 3, and not quality 5: leave --qua"):
+            main(["compress", "photo.png", "a.lalic", "--quality", "5", "--weights", "lalic-mse-q3"])
 
     def test_name(self, installed: Path) -> None:
         main(["compress", "photo.png", "photo.lalic", "--weights", "lalic-mse-q3"])

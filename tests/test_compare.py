@@ -204,8 +204,9 @@ class TestCommand:
         assert "LALIC, lalic-mse-q3" in capsys.readouterr().out
         with pytest.raises(LalicError, match="of quality 6"):
             main([str(photo), "-o", "out", "--quality", "6"])
-        with pytest.raises(SystemExit):
-            main([str(photo), "-o", "out", "--quality", "3", "--weights", str(weights)])
+        main([str(photo), "-o", "out", "--quality", "3", "--weights", str(weights)])
+        with pytest.raises(LalicError, match=r"has one rate, quality 3, and not quality 4\.3"):
+            main([str(photo), "-o", "out", "--quality", "4.3", "--weights", str(weights)])
 
     def test_same_photograph_same_sheet(self, photo: Path, weights: Path, tmp_path: Path) -> None:
         Image.fromarray(photo_like(64, 64)).save(photo)

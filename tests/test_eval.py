@@ -157,7 +157,7 @@ class TestTimes:
 
     def test_warm_up(self, checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         forward, seen = LALIC.forward, []
-        monkeypatch.setattr(LALIC, "forward", lambda self, x: seen.append(tuple(x.shape[2:])) or forward(self, x))
+        monkeypatch.setattr(LALIC, "forward", lambda self, x, q: seen.append(tuple(x.shape[2:])) or forward(self, x))
         report = self.run(checkpoints, [(64, 64), (70, 64), (64, 64)], tmp_path, "--warm-up")
         assert [r["timing"] for r in report["records"]] == ["first", "warm", "warm"]
         assert seen == [(64, 64), (64, 64), (64, 128), (64, 128), (64, 64)]
@@ -229,7 +229,7 @@ class TestAnchors:
         for i in range(1, 25):
             Image.new("RGB", (768, 512), (i, 0, 0)).save(tmp_path / "i" / f"kodim{i:02d}.png")
         perfect = {"x_hat": torch.zeros(1, 3, 512, 768), "likelihoods": {"y": torch.full((8,), 0.5)}}
-        monkeypatch.setattr(LALIC, "forward", lambda self, x: perfect)
+        monkeypatch.setattr(LALIC, "forward", lambda self, x, q: perfect)
         monkeypatch.setattr("lalic.measure.ms_ssim", lambda a, b: 0.5)
         report = evaluate(checkpoints[:1], tmp_path / "i", tmp_path, "--anchors", "published")
         assert report["dataset"] == "kodak"
@@ -245,7 +245,7 @@ class TestAnchors:
     def test_wrong_ones_are_refused_at_once(
         self, checkpoints: list[Path], images: Path, tmp_path: Path, anchor: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(LALIC, "forward", lambda self, x: pytest.fail("measured"))
+        monkeypatch.setattr(LALIC, "forward", lambda self, x, q: pytest.fail("measured"))
         with pytest.raises(LalicError, match=r"anchor gif|no published points"):
             evaluate(checkpoints, images, tmp_path, "--anchors", anchor)
 
@@ -440,7 +440,7 @@ def test_identical_picture_is_infinite(checkpoints: list[Path], monkeypatch: pyt
     model = load_weights(checkpoints[0])
     rgb = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     perfect = {"x_hat": to_tensor(rgb), "likelihoods": {"y": torch.full((8,), 0.5)}}
-    monkeypatch.setattr(type(model), "forward", lambda self, x: perfect)
+    monkeypatch.setattr(type(model), "forward", lambda self, x, q: perfect)
     row, reconstruction = measure(model, rgb, real=False, estimate=True)
     assert row["psnr"] == math.inf
     assert row["bpp"] == 8 / 4096

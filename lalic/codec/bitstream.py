@@ -175,6 +175,9 @@ def pack(image: CodedImage, fingerprint: str, label: int, threads: int) -> bytes
         raise ValueError("exceptions belong to float64")
     if image.sections and not image.thousandths:
         raise ValueError("sections belong to weights of several rates")
+    types = [section.type for section in image.sections]
+    if types != sorted(set(types) - {0}) or sum(len(data) for _, data in image.sections) > MAX_SECTION_BYTES:
+        raise ValueError("sections of at most 16 MiB, in ascending order of their types, each once")
     if not _is_label(label, bool(image.thousandths)):
         raise ValueError(f"no label of such weights: {label}")
     version = VERSION_OF_RATES if image.thousandths else VERSION

@@ -5,15 +5,29 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import compressai
 import torch
+from safetensors import safe_open
 
 from lalic.anchors import FORMATS
 from lalic.codec.bitstream import FLOAT32, FLOAT64
+from lalic.codec.quality import parse_quality
 from lalic.errors import LalicError
+from lalic.model.rates import RUNGS, Rates
 from lalic.release import stem_of
+from lalic.release_files import SAFETENSORS
+
+
+class Point(NamedTuple):
+    """An operating point: a line of the table, and a folder of reconstructions."""
+
+    label: str
+    quality: float | None = None
+    """Of weights of several rates."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -36,8 +50,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         "--quality",
         dest="qualities",
         nargs="+",
-        metavar="LABEL",
-        help="a label for each checkpoint (default: its file name)",
+        metavar="Q",
+        help="of weights of several rates: the qualities to measure (default: every rung); otherwise a label for each "
+        "checkpoint (default: its file name)",
     )
     parser.add_argument("-i", "--input-dir", type=Path, required=True, help="folder of images")
     parser.add_argument("-o", "--output-dir", type=Path, help="folder for the reconstructions")
@@ -102,14 +117,56 @@ def device_of(cuda: bool, local_rank: int) -> torch.device:
     return device
 
 
+def points_of(rates: Rates | None, checkpoints: Sequence[str], qualities: Sequence[str] | None, i: int) -> list[Point]:
+    """The points of checkpoint number `i`, whose model has these `rates`: one, or those of a curve.
+
+    Raises LalicError for qualities that weights of several rates do not have, and for labels that do not do.
+    """
+    if rates is None:
+        return [Point(labels_of(checkpoints, qualities)[i])]
+    if len(checkpoints) > 1:
+        raise _not_alone(checkpoints[i])
+    values = range(rates.lowest, rates.highest + 1) if qualities is None else map(parse_quality, qualities)
+    points = [Point(f"{value:g}", float(value)) for value in values]
+    for point in points:
+        assert point.quality is not None
+        rates.check(point.quality)
+    if (repeated := _repeated([point.label for point in points])) is not None:
+        raise LalicError(f"quality {repeated} is given twice (-q): once is enough")
+    return points
+
+
+def check_together(checkpoints: Sequence[str]) -> None:
+    """LalicError for weights of several rates among others, as far as files on this machine tell without loading."""
+    for checkpoint in checkpoints if len(checkpoints) > 1 else ():
+        path = Path(checkpoint)
+        file = path / SAFETENSORS if path.is_dir() else path
+        # What is damaged, or no such file, is told when it is opened.
+        several = False
+        with suppress(Exception), safe_open(file, "pt") as tensors:
+            several = RUNGS in tensors.keys()  # noqa: SIM118 -- no mapping
+        if several:
+            raise _not_alone(checkpoint)
+
+
+def _not_alone(checkpoint: str) -> LalicError:
+    return LalicError(
+        f"{checkpoint} has several rates, which make a curve of their own: evaluate it alone, as the only -p"
+    )
+
+
+def _repeated(labels: Sequence[str]) -> str | None:
+    return next((label for label, count in Counter(labels).items() if count > 1), None)
+
+
 def labels_of(checkpoints: Sequence[str], qualities: Sequence[str] | None) -> list[str]:
     """One name for each checkpoint, which must do as a folder's name."""
     labels = list(qualities) if qualities is not None else [_name_of(path) for path in checkpoints]
     if len(labels) != len(checkpoints):
-        raise LalicError(f"{len(checkpoints)} checkpoints (-p) but {len(labels)} labels (-q): give one each")
-    repeated = [label for label, count in Counter(labels).items() if count > 1]
-    if repeated:
-        raise LalicError(f"label {repeated[0]!r} stands for several checkpoints: give each its own with -q")
+        one_rate = f"; {checkpoints[0]} has one rate" if len(checkpoints) == 1 else ""
+        raise LalicError(f"{len(checkpoints)} checkpoints (-p) but {len(labels)} labels (-q): give one each{one_rate}")
+    if (repeated := _repeated(labels)) is not None:
+        raise LalicError(f"label {repeated!r} stands for several checkpoints: give each its own with -q")
     wrong = [label for label in labels if "/" in label or label in ("", ".", "..")]
     if wrong:
         raise LalicError(f"label {wrong[0]!r} cannot name a folder of reconstructions: choose another with -q")

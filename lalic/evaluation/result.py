@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lalic.codec.quality import equivalent_lambda
+from lalic.evaluation.options import Point
 from lalic.measure import Row, gap_percent
 from lalic.metrics import finite_mean
 from lalic.release import Weights, versions
@@ -51,13 +53,19 @@ def timed(rows: Sequence[Row]) -> Sequence[Row]:
     return rows
 
 
-def table(labels: Sequence[str], results: Sequence[Row]) -> str:
-    """The averages as aligned text, one line for each checkpoint."""
+def table(models: Sequence[Row], results: Sequence[Row]) -> str:
+    """The averages as aligned text, one line for each operating point; `models` is what `describe_weights` says.
+
+    The points of weights of several rates have a column of the lambdas that their qualities stand for.
+    """
     keys = [key for key in results[0] if key != MEMORY]
-    lines = [["label", *keys, "memory"]]
-    for label, row in zip(labels, results, strict=True):
+    curve = any("q" in model for model in models)
+    lines = [["quality", "lambda", *keys, "memory"] if curve else ["label", *keys, "memory"]]
+    for model, row in zip(models, results, strict=True):
         memory = f"{row[MEMORY] / 2**20:.0f} MiB"
-        lines.append([label, *(short(row[key]) for key in keys), memory])
+        lmbda = (model["loss"] or {}).get("lambda")
+        told = ["-" if lmbda is None else f"{lmbda:.4g}"] if curve else []
+        lines.append([model["quality"], *told, *(short(row[key]) for key in keys), memory])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)) for line in lines)
 
@@ -82,14 +90,21 @@ def columns(results: Sequence[Row]) -> dict[str, list[Any]]:
     return out
 
 
-def describe_weights(weights: Weights, label: str, path: str) -> Row:
-    """What the result file says about one checkpoint."""
+def describe_weights(weights: Weights, point: Point, path: str) -> Row:
+    """What the result file says about the weights of one operating point.
+
+    Of weights of several rates, "q" is the quality as a number, and "loss" has the lambda that it stands for.
+    """
+    loss: Row = weights.loss
+    if point.quality is not None and loss:
+        loss = {"metric": loss.get("metric"), "lambda": equivalent_lambda(loss.get("metric"), point.quality)}
     return {
-        "quality": label,
+        "quality": point.label,
+        **({} if point.quality is None else {"q": point.quality}),
         "checkpoint": without_password(path),
         "name": weights.name,
         "step": weights.step,
-        "loss": weights.loss or None,
+        "loss": loss or None,
         "fingerprint": weights.fingerprint,
     }
 

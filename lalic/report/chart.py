@@ -61,12 +61,14 @@ def chart(series: Sequence[Series], metric: str, title: str) -> str:
     )
     parts.append(f'<g clip-path="url(#clip-{metric})">')
     for s in sorted(shown, key=lambda s: s.own):
-        points = sorted(zip(s.curve.bpp, s.curve.values(metric), strict=True))
-        path = "L".join(f"{x(rate)} {y(quality)}" for rate, quality in points)
+        named = [f"{s.curve.label} at quality {q:g}" for q in s.curve.points] if s.own and s.curve.points else []
+        names = named or [s.curve.label] * len(s.curve.bpp)
+        points = sorted(zip(s.curve.bpp, s.curve.values(metric), names, strict=True))
+        path = "L".join(f"{x(rate)} {y(quality)}" for rate, quality, _ in points)
         parts.append(f'<g class="curve {s.classes}"><path class="line" d="M{path}"/>')
-        for rate, quality in points:
+        for rate, quality, name in points:
             if rate <= right and low <= quality <= high:
-                said = f"{s.curve.label}: {rate:.3f} bpp, {quality:.2f} dB"
+                said = f"{name}: {rate:.3f} bpp, {quality:.2f} dB"
                 parts.append(f"<g><title>{text(said)}</title>{marker(s, x(rate), y(quality))}</g>")
         parts.append("</g>")
     return "".join([*parts, "</g></svg>"])
