@@ -13,8 +13,9 @@ latents, which have the same symbols and tables, but means with float32's noise.
 
 Models: `medium` and `full` are random with the statistics of trained ones (codec.py), others are bundles. `NAME*2` has
 all matrices of its entropy path doubled, which takes a trained one's parameters from ten to thousands and its rounding
-from 1e-15 to 1e-12; `stress` is `medium*2`. The *largest difference* between encoder and decoder is that of a scale or
-mean before any decision, or with float32 that of a latent, in units of the value where that is above 1, as the
+from 1e-15 to 1e-12; `stress` is `medium*2`. `NAME+rates` has gains for the six rungs of the ladder; it, and a bundle of
+several rates, writes files of three qualities. The *largest difference* between encoder and decoder is that of a scale
+or mean before any decision, or with float32 that of a latent, in units of the value where that is above 1, as the
 tolerance of lalic/model/exact.py: it must be much smaller. Times and memory are measured apart, `--rounds N`, since
 they want a quiet machine.
 """
@@ -71,7 +72,10 @@ def make_models(names: Sequence[str], image: Path, folder: Path) -> list[Path]:
     made = []
     for name in names:
         name, _, factor = (f"medium*{STRESS}" if name == "stress" else name).partition("*")
-        model = make_model(name, make_picture(image, (0, 0))) if name in MODELS else load_weights(name)
+        base = name.removesuffix("+rates")
+        model = make_model(base, make_picture(image, (0, 0))) if base in MODELS else load_weights(name)
+        if base in MODELS and base != name:
+            model = with_rates(model)
         if factor:
             codec = model.latent_codec
             with torch.no_grad():
@@ -84,6 +88,18 @@ def make_models(names: Sequence[str], image: Path, folder: Path) -> list[Path]:
         save_file(state, target / "model.safetensors")
         made.append(target)
     return made
+
+
+def with_rates(model: Any) -> Any:
+    """The model of one rate with gains for the six rungs of the ladder, as they are before training."""
+    from lalic.ladder import MSE
+    from lalic.model import LALIC
+
+    several = LALIC(**model.config, rungs=tuple(MSE)).eval()
+    several.load_state_dict(model.state_dict(), strict=False)
+    assert several.rates is not None
+    several.rates.initialise(list(MSE.values()))
+    return several
 
 
 def work(configuration: dict[str, Any], device: str, **order: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ The parent sets what must be set before torch starts (LALIC_BACKEND, instruction
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import statistics
 import sys
@@ -31,6 +32,8 @@ from lalic.model import fingerprint, load_weights  # noqa: E402
 from lalic.model.exact import Exact  # noqa: E402
 
 ARITHMETICS = (bitstream.FLOAT64, bitstream.FLOAT32)
+QUALITIES = (1, 4.3, 6)
+"""That weights of several rates code every picture with."""
 
 
 def configure(device: str, threads: int, onednn: bool, precision: str) -> None:
@@ -71,10 +74,11 @@ def encode(folder: Path, images: list[str], device: str) -> dict[str, Any]:
     files = {}
     for image in images:
         x = make_picture(Path(image), (0, 0)).to(device)
-        for arithmetic in ARITHMETICS:
-            coded = coder.encode(model, x, arithmetic)
+        for arithmetic, quality in itertools.product(ARITHMETICS, (None,) if model.rates is None else QUALITIES):
+            coded = coder.encode(model, x, arithmetic, quality=quality)
             data = bitstream.pack(coded, fingerprint(model), 0, torch.get_num_threads())
-            name = f"{Path(image).stem}.{arithmetic}.lalic"
+            at = "" if quality is None else f".q{quality:g}"
+            name = f"{Path(image).stem}{at}.{arithmetic}.lalic"
             (folder / name).write_bytes(data)
             with raw_parameters() as seen:
                 latents = coder.decode_latents(model, coded)
@@ -127,9 +131,10 @@ def cost(folder: Path, image: str, device: str, arithmetic: str, rounds: int) ->
     before = begin_peak()  # without what loading the weights left
     walls: dict[str, list[float]] = {"encode": [], "decode": []}
     cpus: dict[str, list[float]] = {"encode": [], "decode": []}
-    coded = coder.encode(model, x, arithmetic)
+    quality = None if model.rates is None else QUALITIES[1]
+    coded = coder.encode(model, x, arithmetic, quality=quality)
     tasks = {
-        "encode": lambda: coder.encode(model, x, arithmetic),
+        "encode": lambda: coder.encode(model, x, arithmetic, quality=quality),
         "decode": lambda: coder.decode(model, coded).sum().item(),
     }
     for number in range(rounds + 1):

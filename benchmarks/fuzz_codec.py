@@ -2,11 +2,12 @@
 
 python benchmarks/fuzz_codec.py --files 100000 --output benchmarks/results/fuzz_codec.json
 
-Valid files of a small model (both arithmetics, RGB and gray, with and without alpha, several sizes) are altered by
-benchmarks/fuzz_mutations.py, and each result is decoded in a child process as `lalic decompress` does. The child has a
-limit on its address space; its parent notices when it dies or stands still, and goes on behind that file. For each
-file the CPU time and the peak of resident memory are set beside those of a normal decode: of the valid file that was
-altered, or where that is exceeded, of a valid file of the size that the header claims.
+Valid files of two small models, of one rate and of several (format versions 2 and 3, both arithmetics, RGB and gray,
+with and without alpha and typed sections, several sizes) are altered by benchmarks/fuzz_mutations.py, and each result
+is decoded in a child process as `lalic decompress` does. The child has a limit on its address space; its parent
+notices when it dies or stands still, and goes on behind that file. For each file the CPU time and the peak of resident
+memory are set beside those of a normal decode: of the valid file that was altered, or where that is exceeded, of a
+valid file of the size that the header claims.
 
 File n of a seed is always the same file: `--first N --files 1 --keep FOLDER` makes it again.
 """
@@ -47,34 +48,42 @@ TOLERANCE = 2.0**-19
 MAX_PIXELS = 1 << 18
 """The decoder's --max-pixels here."""
 TINY = {"N": 8, "dims": (8, 12, 16, 32, 16, 8), "depths": (1, 1, 1, 1), "groups": (4, 4, 8, 16)}
+SECTIONS = (bitstream.Section(200, bytes(range(100))), bitstream.Section(230, b""))
 KINDS = [(1, 1, "rgb"), (40, 70, "rgb"), (64, 64, "gray"), (33, 100, "rgb alpha"), (70, 50, "gray alpha")]
 
 
 class Target:
-    """A model, valid files of it and the pictures that they hold."""
+    """Two models, of one rate and of several, valid files of them and the pictures that they hold."""
 
     def __init__(self) -> None:
         import torch
 
+        from lalic.ladder import MSE
         from lalic.model import LALIC, exact, fingerprint
 
         # With the real one, files this small have no exceptions that could be altered.
         exact.TOLERANCE = TOLERANCE
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.model = LALIC(**TINY).eval()
-        with torch.no_grad():
-            # A random model's latents are nearly all zero; these are spread out and some need escape codes.
-            self.model.g_a[-1].weight.mul_(40)
-            self.model.h_a[-1].weight.mul_(20)
-        self.model.update()
-        self.fingerprint = fingerprint(self.model)
-        self.files = [self.file(*kind, a) for a in (bitstream.FLOAT32, bitstream.FLOAT64) for kind in KINDS]
+        self.one_rate, self.several_rates = LALIC(**TINY).eval(), LALIC(**TINY, rungs=tuple(MSE)).eval()
+        assert self.several_rates.rates is not None
+        self.several_rates.rates.initialise(list(MSE.values()))
+        self.fingerprints = {}
+        for model in (self.one_rate, self.several_rates):
+            with torch.no_grad():
+                # A random model's latents are nearly all zero; these are spread out and some need escape codes.
+                model.g_a[-1].weight.mul_(40)
+                model.h_a[-1].weight.mul_(20)
+            model.update()
+            self.fingerprints[fingerprint(model)] = model
+        ways = [(a, several) for several in (False, True) for a in (bitstream.FLOAT32, bitstream.FLOAT64)]
+        self.files = [self.file(*kind, *way) for way in ways for kind in KINDS]
+        self.kinds = [a + (", several rates" if several else "") for a, several in ways for _ in KINDS]
         self.pictures = [self.decode(data) for data in self.files]
         self.normal = [self.measure_normal(data) for data in self.files]
-        self._of_size: dict[tuple[int, int, str], tuple[float, int]] = {}
+        self._of_size: dict[tuple[int, int, str, bool], tuple[float, int]] = {}
 
-    def file(self, height: int, width: int, kind: str, arithmetic: str) -> bytes:
+    def file(self, height: int, width: int, kind: str, arithmetic: str, several: bool) -> bytes:
         """A valid file of a picture with that many rows and columns: noise on a ramp."""
         rng = np.random.default_rng([height, width])
         rgb = rng.integers(0, 120, (height, width, 3)) + np.linspace(0, 135, width).astype(int)[:, None]
@@ -82,15 +91,21 @@ class Target:
             rgb = np.repeat(rgb[..., :1], 3, axis=2)
         alpha = rng.choice([0, 128, 255], (height, width), p=[0.1, 0.1, 0.8]).astype(np.uint8)
         picture = Picture(rgb.astype(np.uint8), alpha if "alpha" in kind else None, "gray" in kind)
-        coded = pictures.encode_picture(self.model, picture, arithmetic)
-        return bitstream.pack(coded, self.fingerprint, bitstream.model_label("mse", 0.0067), 1)
+        model = self.several_rates if several else self.one_rate
+        known = next(fingerprint for fingerprint, other in self.fingerprints.items() if other is model)
+        label = bitstream.label_of({"metric": "mse", "lambda": 0.0067}, several)
+        way = (
+            {"quality": 1.3 + (height + width) % 5, "sections": SECTIONS if "alpha" in kind else ()} if several else {}
+        )
+        return bitstream.pack(pictures.encode_picture(model, picture, arithmetic, **way), known, label, 1)
 
     def decode(self, data: bytes) -> Picture:
         """What `lalic decompress` does with a file's bytes, but for the number of threads, which stays one."""
         parsed = bitstream.parse(data, "the file", MAX_PIXELS)
-        if not self.fingerprint.startswith(parsed.fingerprint.hex()):
+        fitting = [model for known, model in self.fingerprints.items() if known.startswith(parsed.fingerprint.hex())]
+        if not fitting:
             raise LalicError("the file was written with another model (its fingerprint differs)")
-        return pictures.decode_picture(self.model, parsed.image)
+        return pictures.decode_picture(fitting[0], parsed.image)
 
     def measure_normal(self, data: bytes) -> tuple[float, int]:
         """CPU seconds and bytes of a normal decode."""
@@ -103,9 +118,9 @@ class Target:
             image = bitstream.parse(data, "the file", MAX_PIXELS).image
         except LalicError:
             return self.normal[i]
-        key = (-(-image.height // 64) * 64, -(-image.width // 64) * 64, image.arithmetic)
+        key = (-(-image.height // 64) * 64, -(-image.width // 64) * 64, image.arithmetic, bool(image.thousandths))
         if key not in self._of_size:
-            self._of_size[key] = self.measure_normal(self.file(key[0], key[1], "rgb alpha", key[2]))
+            self._of_size[key] = self.measure_normal(self.file(key[0], key[1], "rgb alpha", *key[2:]))
         return self._of_size[key]
 
 
@@ -121,7 +136,7 @@ def kind_of(error: BaseException) -> str:
     if not isinstance(error, LalicError):
         return f"EXCEPTION {type(error).__name__}"
     text = re.split(r"; get it|: float64 |: decode it|: raise it|: update it|\. The file| \(its finger", str(error))[0]
-    return re.sub(r"string N of N|the latents", "...", re.sub(r"\b\d+", "N", text))
+    return re.sub(r"string N of N|the latents", "...", re.sub(r"\b\d+(\.\d+)?", "N", text))
 
 
 def attempt(target: Target, data: bytes, i: int) -> tuple[str, float, float]:
@@ -167,8 +182,7 @@ def child(seed: int, first: int, files: int, keep: Path | None) -> None:
         if keep:
             (keep / f"{n}.lalic").write_bytes(data)
         outcome, seconds, size = attempt(target, data, i)
-        arithmetic = "float32" if i < len(KINDS) else "float64"
-        print(n, name, arithmetic, f"{seconds:.3f}", f"{size:.3f}", outcome, sep="\t", flush=True)
+        print(n, name, target.kinds[i], f"{seconds:.3f}", f"{size:.3f}", outcome, sep="\t", flush=True)
     print("done", memory_bytes("VmRSS"), flush=True)
 
 

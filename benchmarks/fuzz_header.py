@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,9 @@ def make_parse() -> tuple[Callable[[bytes], None], list[bytes]]:
         except LalicError:
             return
         image = parsed.image
-        assert 1 <= image.width * image.height <= MAX_PIXELS and image.num_bytes + len(image.alpha) < len(data)
+        typed = sum(len(section.data) for section in image.sections)
+        assert 1 <= image.width * image.height <= MAX_PIXELS and image.num_bytes + len(image.alpha) + typed < len(data)
+        assert (image.thousandths >= bitstream.SCALE) == (data[4] == bitstream.VERSION_OF_RATES)
         exact = image.arithmetic == bitstream.FLOAT64
         assert image.checks and len(image.strings) == (1 if exact else len(image.checks)) and parsed.model_name
         assert bitstream.pack(image, parsed.fingerprint.hex(), parsed.label, parsed.threads) == data
@@ -54,6 +57,8 @@ def make_parse() -> tuple[Callable[[bytes], None], list[bytes]]:
         for colour, alpha in ((bitstream.RGB, b""), (bitstream.GRAY, b"alpha")):
             image = bitstream.CodedImage(300, 7, strings, bytes(10), 5, arithmetic, exceptions, colour, alpha)
             seeds.append(bitstream.pack(image, "ab" * 8, 3, 1))
+            sections = (bitstream.Section(130, b"profile"), bitstream.Section(200, b"")) if alpha else ()
+            seeds.append(bitstream.pack(replace(image, thousandths=4300, sections=sections), "ab" * 8, 7, 1))
     return parse, seeds
 
 

@@ -36,12 +36,18 @@ class Fields:
     checksum: int
     exceptions: bytes
     alpha: bytes
+    thousandths: int
+    """Of version 3, as are the sections: type and data of each."""
+    sections: list[tuple[int, bytes]]
     told: dict[str, int] = field(default_factory=dict)
-    """What the header says instead of the truth: "count", "exceptions", "alpha", "length 0", "length 1" ..."""
+    """What the header says and is not true: "count", "exceptions", "alpha", "sections", "length 0", "section 0"."""
 
     def build(self) -> bytes:
-        """The file with right CRCs."""
+        """The file with right CRCs, in the layout of its version; what version 2 does not have is left out."""
         parts = [bitstream.MAGIC, bytes([self.version, self.flags, self.label]), self.fingerprint]
+        typed = self.sections if self.version == 3 else []
+        if self.version == 3:
+            parts.append(struct.pack("<H", self.thousandths & 0xFFFF))
         if not self.flags & 4:
             parts.append(bytes([self.threads]))
         parts += [varint(self.width), varint(self.height)]
@@ -52,8 +58,13 @@ class Fields:
             parts.append(varint(self.told.get("exceptions", len(self.exceptions))))
         if self.flags & 2:
             parts.append(varint(self.told.get("alpha", len(self.alpha))))
+        if self.version == 3:
+            parts.append(bytes([self.told.get("sections", len(typed)) & 0xFF]))
+            for i, (kind, data) in enumerate(typed):
+                parts.append(bytes([kind]) + varint(self.told.get(f"section {i}", len(data))))
         parts += [self.checks, struct.pack("<I", self.checksum)]
         sections = [b"".join(parts), b"".join(self.strings), *(s for s in (self.exceptions, self.alpha) if s)]
+        sections += [data for _, data in typed]
         return b"".join(s + struct.pack("<I", zlib.crc32(s)) for s in sections)
 
 
@@ -72,6 +83,8 @@ def take_apart(data: bytes) -> Fields:
         image.checksum,
         image.exceptions,
         image.alpha,
+        image.thousandths,
+        [(section.type, section.data) for section in image.sections],
     )
 
 
@@ -154,7 +167,9 @@ def header_fields(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
         name = str(
             rng.choice(["version", "flags", "label", "fingerprint", "threads", "width", "height", "told", "check"])
         )
-        if name in ("version", "label", "threads"):
+        if name == "version" and rng.random() < 0.5:
+            f.version ^= 1  # 2 and 3
+        elif name in ("version", "label", "threads"):
             setattr(f, name, int(rng.integers(0, 256)))
         elif name == "flags":
             f.flags ^= 1 << int(rng.integers(0, 8))
@@ -164,7 +179,9 @@ def header_fields(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
             near = max(1, getattr(f, name) + int(rng.integers(-3, 4)))
             setattr(f, name, int(rng.choice([*side, near, near])))
         elif name == "told":
-            what = str(rng.choice(["count", "exceptions", "alpha", f"length {rng.integers(0, len(f.strings))}"]))
+            of_version_3 = ["sections", "section 0"] if f.version == 3 else []
+            length = f"length {rng.integers(0, len(f.strings))}"
+            what = str(rng.choice(["count", "exceptions", "alpha", length, *of_version_3]))
             f.told[what] = int(rng.choice([0, 1, 3, 127, 128, 255, 1 << 20, (1 << 35) - 1]))
         else:
             f.checks = damaged(rng, f.checks) if rng.random() < 0.3 else rng.bytes(len(f.checks))
@@ -265,6 +282,44 @@ def alpha(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
     return f.build()
 
 
+def quality(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
+    """Another quality alone, the first check byte tried; sometimes version 2 becomes version 3, or the reverse."""
+    f = take_apart(files[i])
+    if f.version == 2 or rng.random() < 0.1:
+        f.version ^= 1
+        f.label = 7 if f.version == 3 else 3
+    near = f.thousandths + int(rng.choice([-1000, -100, -1, 1, 100, 1000]))
+    f.thousandths = int(rng.choice([near, near, rng.integers(1000, 6001), 0, 999, 1000, 6000, 6001, 65535])) & 0xFFFF
+    f.checks = bytes([int(rng.integers(0, 256))]) + f.checks[1:]
+    return f.build()
+
+
+def typed_sections(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
+    """Sections of version 3 put in, removed, altered, doubled, exchanged, or told to be longer than they are."""
+    f = take_apart(files[i])
+    f.version, f.label = 3, 7
+    f.thousandths = f.thousandths or int(rng.integers(1000, 6001))
+    for _ in range(int(rng.integers(1, 3))):
+        kind = int(rng.integers(0, 6))
+        if kind == 0 or not f.sections:
+            new = (int(rng.choice([0, 1, 127, 128, 199, 201, 255])), _random(rng, 40))
+            f.sections = sorted([*f.sections, new]) if rng.random() < 0.7 else [*f.sections, new]
+            continue
+        k = int(rng.integers(0, len(f.sections)))
+        if kind == 1:
+            del f.sections[k]
+        elif kind == 2:
+            f.sections[k] = (f.sections[k][0], damaged(rng, f.sections[k][1]))
+        elif kind == 3:
+            f.sections.insert(k, f.sections[k])
+        elif kind == 4:
+            f.sections[k] = (int(rng.integers(0, 256)), f.sections[k][1])
+        else:
+            f.told[f"section {k}"] = int(rng.choice([0, 1, 127, 1 << 20, (1 << 24) + 1, (1 << 35) - 1]))
+    f.checks = bytes([int(rng.integers(0, 256))]) + f.checks[1:]
+    return f.build()
+
+
 def sections_of_another(rng: Rng, files: Sequence[bytes], i: int) -> bytes:
     """The header's fields of one file, the sections of another, each with some probability."""
     f, other = take_apart(files[i]), take_apart(files[int(rng.integers(0, len(files)))])
@@ -288,10 +343,12 @@ MUTATIONS: dict[str, Mutation] = {
         strings,
         exceptions,
         alpha,
+        quality,
+        typed_sections,
         sections_of_another,
     )
 }
-WEIGHTS = [2, 1, 2, 1, 1, 4, 2, 2, 6, 3, 3, 3]
+WEIGHTS = [2, 1, 2, 1, 1, 4, 2, 2, 6, 3, 3, 3, 3, 3]
 """How often each is drawn: rather where a CRC does not end it at once."""
 
 

@@ -40,6 +40,19 @@ def test_outcomes(folder: Path) -> None:
     assert decode_worker.decode(folder, "cpu")[NAMES[1]]["outcome"] == "other latents"
 
 
+def test_several_rates(photo: Path, tmp_path: Path) -> None:
+    """Files of version 3, of which each of three qualities has other latents."""
+    (folder,) = decode_matrix.make_models(["demo+rates"], photo, tmp_path / "models")
+    made = decode_worker.encode(folder, [str(photo)], "cpu")
+    (folder / "files.json").write_text(json.dumps(made))
+    assert sorted(made) == [f"photo.q{q}.{a}.lalic" for q in ("1", "4.3", "6") for a in ("float32", "float64")]
+    assert all((folder / name).read_bytes()[4] == 3 for name in made)
+    assert len({f["sha256"] for name, f in made.items() if "float64" in name}) == 3
+    assert {f["outcome"] for f in decode_worker.decode(folder, "cpu").values()} == {"equal"}
+    assert decode_matrix.rates(folder)["images"] == 3
+    assert decode_worker.cost(folder, str(photo), "cpu", "float64", 1)["decode_ms_median"] > 0
+
+
 def test_a_refused_file(folder: Path) -> None:
     """Another model's weights stand for another machine."""
     other = decode_matrix.make_models(["stress"], folder.parent.parent / "photo.png", folder.parent)[0]

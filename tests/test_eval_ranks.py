@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_rates import rates_model, save_rates
 
 from lalic.evaluation.ranks import Place, Ranks, first_host, place
 from lalic.model import LALIC, published_state_dict
@@ -140,6 +141,25 @@ def check_same(result: Path, alone: Path) -> None:
         name = Path(record["quality"]) / Path(record["file"]).name
         assert (result.with_suffix("") / name).read_bytes() == (alone.with_suffix("") / name).read_bytes()
     assert not result.with_name(f"{result.name}.progress").exists()
+
+
+def test_a_curve(root: Path, inputs: Path, tmp_path: Path) -> None:
+    """Weights of several rates at two qualities; killed, the processes go on where they were."""
+    weights = save_rates(rates_model(), tmp_path / "w.safetensors")
+    command = [*program(root), "-p", str(weights), "-q", "1", "2.5", "-i", str(inputs / "images"), "--both"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    done = run([*command, "-o", str(tmp_path / "one"), "--result", str(one)])
+    assert done.returncode == 0, done.stderr
+    command += ["-o", str(tmp_path / "two"), "--result", str(two)]
+    assert [status for status, _ in ends(as_srun(command, 2, LALIC_FAULT="kill:1:4"))] == [2, -signal.SIGKILL]
+    (first, error), (second, _) = ends(as_srun(command, 2))
+    assert (first, second) == (0, 0), error
+    assert "2.5: " in error and "of 6 images were measured before" in error
+    check_same(two, one)
+    command[command.index("2.5")] = "7"
+    (first, error), (second, other) = ends(as_srun(command, 2))
+    assert (first, second) == (2, 2) and "error:" not in other
+    assert error.splitlines()[-1] == "error: quality 7 is not one of the model: it has 1 to 6"
 
 
 @pytest.mark.slow

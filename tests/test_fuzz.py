@@ -81,6 +81,8 @@ class TestTheSeeds:
         assert {image.arithmetic for image in images} == {"float32", "float64"}
         assert {image.colour for image in images} == {"rgb", "gray"}
         assert any(image.alpha for image in images) and any(image.exceptions for image in images)
+        several = [image for image in images if image.thousandths]
+        assert len(several) == len(images) / 2 and any(image.sections for image in several)
 
     def test_are_right(self, target: fuzz_codec.Target) -> None:
         for i, data in enumerate(target.files):

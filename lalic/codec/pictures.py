@@ -152,17 +152,22 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def encode_picture(
-    model: LALIC, picture: Picture, arithmetic: str = bitstream.FLOAT64, *, quality: float | None = None
+    model: LALIC,
+    picture: Picture,
+    arithmetic: str = bitstream.FLOAT64,
+    *,
+    quality: float | None = None,
+    sections: tuple[bitstream.Section, ...] = (),
 ) -> CodedImage:
     """Code `picture` with a model that was `update()`d: its colours with the model, alpha without loss.
 
-    `quality` belongs to a model of several rates.
+    `quality` and `sections` belong to a model of several rates.
     """
     from lalic.codec.coder import encode_image
 
     alpha = b"" if picture.alpha is None else alpha_section.encode(picture.alpha)
     colour = bitstream.GRAY if picture.gray else bitstream.RGB
-    return encode_image(model, picture.rgb, arithmetic, quality=quality, colour=colour, alpha=alpha)
+    return encode_image(model, picture.rgb, arithmetic, quality=quality, colour=colour, alpha=alpha, sections=sections)
 
 
 def decode_picture(model: LALIC, coded: CodedImage) -> Picture:

@@ -57,7 +57,7 @@ def chosen_quality(weights: Weights, asked: float | None) -> float | None:
 
 
 def named_with_quality(name: str, quality: float | None, lmbda: float | None = None, *, default: bool = False) -> str:
-    """`lalic-mse-vbr at quality 4.3 (lambda 0.01581)`; without a quality the name alone."""
+    """`lalic-mse-vbr at quality 4.3 (lambda 0.01582)`; without a quality the name alone."""
     if quality is None:
         return name
     notes = ["the default"] if default else []
