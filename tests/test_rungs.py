@@ -496,11 +496,14 @@ def test_interval_goes_on_with_another_number_of_ranks(config_path: Path, tmp_pa
         states.append(tracker.state_dict())
     tracker = Tracker(accelerator, config, schedule)
     tracker.open(0)
-    tracker.load_state_dicts(states)
+    tracker.load_state_dicts(states, 2)
     tracker.add(results[2], [{"bad": 0}], seconds=1.0, waited=0.0)
     tracker.write(2, schedule.stages[0])
     tracker.close()
     (line,) = records(tmp_path)
+    means = [float(result.values["loss"]) for result in results]
+    assert line["loss"] == pytest.approx(((means[0] + means[1]) / 2 + means[2]) / 2)
+    assert line["skipped_steps"] == 0
     sums = sum(result.rungs for result in results if result.rungs is not None)
     assert [line["rungs"][q]["samples"] for q in "1234"] == [3, 3, 0, 6]
     assert line["rungs"]["4"]["bpp"] == pytest.approx(float(sums[3, 1]) / 6, rel=1e-6)  # type: ignore[index]
