@@ -19,6 +19,7 @@ from test_release import write_result
 from test_verify_bundle import edit_config, edit_tensors, failure, sum_again
 
 import lalic
+from lalic.config import LossSection
 from lalic.errors import LalicError
 from lalic.export import main
 from lalic.model import LALIC, fingerprint, published_state_dict
@@ -141,7 +142,9 @@ class TestContents:
 
     def test_a_run_may_start_from_it(self, model: LALIC, compact: Path) -> None:
         arguments: Any = SimpleNamespace(
-            train=SimpleNamespace(init_from=str(compact)), model=SimpleNamespace(arguments=lambda: model.config)
+            train=SimpleNamespace(init_from=str(compact)),
+            model=SimpleNamespace(arguments=lambda: model.config),
+            loss=LossSection(quality=3),
         )
         assert fingerprint(new_model(arguments)) == fingerprint(rounded_by_numpy(model))
 

@@ -16,6 +16,7 @@ from test_fetch import HASTE, NAME, _files, asked, bucket, down, in_cache, url  
 from lalic import fetch, fetch_cache, load, release_builtin
 from lalic.codec import cli
 from lalic.codec.weights import weights_for
+from lalic.config import LossSection
 from lalic.errors import LalicError
 from lalic.model import fingerprint
 from lalic.release import open_weights, write_bundle
@@ -183,7 +184,9 @@ class TestNames:
     def test_a_run_starts_from_them(self, url: str) -> None:
         model = tiny_model()
         config = SimpleNamespace(
-            train=SimpleNamespace(init_from=url), model=SimpleNamespace(arguments=lambda: model.config)
+            train=SimpleNamespace(init_from=url),
+            model=SimpleNamespace(arguments=lambda: model.config),
+            loss=LossSection(quality=3),
         )
         assert fingerprint(new_model(config)) == fingerprint(model)  # type: ignore[arg-type]
 
