@@ -179,6 +179,36 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class MuonSection:
+    """`train.muon`: with train.optimizer=muon, how it steps; docs/training.md."""
+
+    momentum: float = 0.95
+    """Of the moving average of the gradients, which looks one step ahead (Nesterov)."""
+
+    scale: float = 0.2
+    """Root mean square of an update's numbers, in learning rates; about Adam's."""
+
+    rest_lr: float = 1.0
+    """Learning rate of Adam, which trains what is no matrix, in learning rates of the stage."""
+
+    min_side: int = 16
+    """Matrices with a side below this are Adam's."""
+
+    newton_schulz: int = 5
+    """Newton-Schulz steps that orthogonalise an update."""
+
+    products: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of their products. auto: bf16 on a GPU, fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.momentum < 1, "train.muon.momentum", self.momentum, "0 or more, and below 1")
+        _check(self.scale > 0, "train.muon.scale", self.scale, "positive")
+        _check(self.rest_lr > 0, "train.muon.rest_lr", self.rest_lr, "positive")
+        _check(self.min_side >= 1, "train.muon.min_side", self.min_side, "at least 1")
+        _check(self.newton_schulz >= 1, "train.muon.newton_schulz", self.newton_schulz, "at least 1")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """`train`: the optimiser step."""
 
@@ -201,6 +231,12 @@ class TrainSection:
     clip: float = 1.0
     """Largest gradient norm of the main parameters; 0 does not clip."""
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Of the main parameters. adam: the published recipe; muon: orthogonal updates of matrices, far fewer steps."""
+
+    muon: MuonSection = MuonSection()
+    """Of muon alone: other than the defaults, it is refused with adam."""
+
     aux_lr: float = 1e-3
     """Learning rate of the entropy bottleneck's quantiles."""
 
@@ -220,6 +256,8 @@ class TrainSection:
         _check(self.batch_size >= 1, "train.batch_size", self.batch_size, "at least 1")
         _check(self.accumulation >= 1, "train.accumulation", self.accumulation, "at least 1")
         _check(self.clip >= 0, "train.clip", self.clip, "0 (off) or positive")
+        if self.optimizer == "adam" and self.muon != MuonSection():
+            raise LalicError("train.muon is set, but train.optimizer is adam: set it to muon, or leave train.muon out")
         _check(self.aux_lr > 0, "train.aux_lr", self.aux_lr, "positive")
         _check(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "between 0 and 1, or null")
         threads = self.cpu_threads
