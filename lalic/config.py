@@ -281,7 +281,7 @@ class StageSection:
     """One item of `stages`: a length, a learning rate and a crop."""
 
     lr: float
-    """Learning rate of the main parameters, constant through the stage."""
+    """Learning rate of the main parameters, that of whichever optimiser; see warmup and decay."""
 
     crop: int
     """Side of the random square crops in pixels, a multiple of 64."""
@@ -292,6 +292,15 @@ class StageSection:
     steps: int | None = field(default=None, metadata={"instead_of": "epochs"})
     """Length in optimiser steps. Give this or epochs."""
 
+    warmup: int = 0
+    """Steps at the beginning of the stage in which the learning rate rises to lr, in equal parts from 0."""
+
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes from lr, after the warm-up, to lr_end at the end of the stage."""
+
+    lr_end: float | None = None
+    """With a decay: the learning rate that the step after the stage would have, 0 or more."""
+
     t_max: int | None = None
     """Most tokens that the first Bi-RWKV stage may get, a guard for memory; null: what the crop needs."""
 
@@ -301,6 +310,15 @@ class StageSection:
         for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             _check(value is None or value >= 1, f"stages.N.{name}", value, "at least 1")
         _check(self.lr > 0, "stages.N.lr", self.lr, "positive")
+        _check(self.warmup >= 0, "stages.N.warmup", self.warmup, "0 or more")
+        if self.steps is not None:
+            self.check_warmup(self.steps)
+        if self.decay == "constant":
+            fits, wanted = self.lr_end is None, "left out, or stages.N.decay=cosine or linear given"
+        else:
+            fits = self.lr_end is not None and 0 <= self.lr_end <= self.lr
+            wanted = f"given with stages.N.decay={self.decay}, between 0 and stages.N.lr = {self.lr}"
+        _check(fits, "stages.N.lr_end", self.lr_end, wanted)
         crop_fits = self.crop >= STRIDE and self.crop % STRIDE == 0
         _check(crop_fits, "stages.N.crop", self.crop, f"a positive multiple of {STRIDE}")
         if self.t_max is not None and self.tokens > self.t_max:
@@ -308,6 +326,11 @@ class StageSection:
                 f"stages.N.crop: a crop of {self.crop} needs t_max {self.tokens} (tokens of the first stage, "
                 f"(crop/2)^2), but stages.N.t_max is {self.t_max}: raise it or take a smaller crop"
             )
+
+    def check_warmup(self, steps: int, number: int | str = "N") -> None:
+        """LalicError when the warm-up is longer than the stage, item `number` of the list, of so many steps."""
+        allowed = f"at most the {steps} steps of the stage"
+        _check(self.warmup <= steps, f"stages.{number}.warmup", self.warmup, allowed)
 
     @property
     def tokens(self) -> int:
