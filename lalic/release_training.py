@@ -33,7 +33,7 @@ def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any
     if isinstance(train.get("batch_size"), int):
         facts |= {"batch size": train["batch_size"], "crops seen": meta["step"] * train["batch_size"]}
     if isinstance(train.get("optimizer"), str) and train["optimizer"] != "adam":
-        facts["optimizer"] = train["optimizer"]
+        facts["optimiser"] = train["optimizer"]
     if start := _start(run, train.get("init_from")):
         facts["started from"] = start
     if train.get("precision"):

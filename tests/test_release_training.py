@@ -103,7 +103,7 @@ class TestFacts:
             "- {steps: 10, lr: 0.01, crop: 64, warmup: 0, decay: constant, lr_end: null}\n"
         )
         facts = training_facts(self.write(tmp_path / "low", config))
-        assert facts["optimizer"] == "muon"
+        assert facts["optimiser"] == "muon"
         first, second = facts["stages"].split("; ")
         assert first == "steps 90, learning rate 0.02 (warm-up 5, cosine to 0.0), crop 64"
         assert second.startswith("steps 10, learning rate 0.01, crop 64")
