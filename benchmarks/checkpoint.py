@@ -52,6 +52,8 @@ class Run:
         self.config = read_model_config(arguments.model, *settings)
         self.accelerator = start(self.config, arguments.device)
         self.stepper = TrainStep(self.accelerator, new_model(self.config), self.config.train, self.config.loss, seed=0)
+        # The engine steps its optimiser itself; save_state writes what accelerate was told of.
+        self.accelerator.prepare_optimizer(self.stepper.engine.optimizer)
         self.device, self.folder, self.done = arguments.device, folder, 0
         self.images = make_images(arguments.batch, arguments.crop, pinned=arguments.device == "cuda")
         self.writer = CheckpointWriter(folder)
