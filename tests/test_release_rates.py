@@ -137,7 +137,7 @@ class TestAllRates:
             "| quality | lambda | loss | bpp | PSNR (dB) | MS-SSIM |",
             "| 4 | 0.013 | 5.0000 | 1.0000 | 25.0000 | 0.9000 |",
             "on 12 images at step 1,000",
-            "- optimizer: muon",
+            "- optimiser: muon",
             "learning rate 0.001 (warm-up 50, cosine to 0)",
             fingerprint(model),
         ):
