@@ -179,6 +179,36 @@ class LossSection:
 
 
 @dataclass(frozen=True)
+class MuonSection:
+    """`train.muon`: with train.optimizer=muon, how it steps; docs/training.md."""
+
+    momentum: float = 0.95
+    """Of the moving average of the gradients, which looks one step ahead (Nesterov)."""
+
+    scale: float = 0.2
+    """Root mean square of an update's numbers, in learning rates; about Adam's."""
+
+    rest_lr: float = 1.0
+    """Learning rate of Adam, which trains what is no matrix, in learning rates of the stage."""
+
+    min_side: int = 16
+    """Matrices with a side below this are Adam's."""
+
+    newton_schulz: int = 5
+    """Newton-Schulz steps that orthogonalise an update."""
+
+    products: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of their products. auto: bf16 on a GPU, fp32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.momentum < 1, "train.muon.momentum", self.momentum, "0 or more, and below 1")
+        _check(self.scale > 0, "train.muon.scale", self.scale, "positive")
+        _check(self.rest_lr > 0, "train.muon.rest_lr", self.rest_lr, "positive")
+        _check(self.min_side >= 1, "train.muon.min_side", self.min_side, "at least 1")
+        _check(self.newton_schulz >= 1, "train.muon.newton_schulz", self.newton_schulz, "at least 1")
+
+
+@dataclass(frozen=True)
 class TrainSection:
     """`train`: the optimiser step."""
 
@@ -201,6 +231,12 @@ class TrainSection:
     clip: float = 1.0
     """Largest gradient norm of the main parameters; 0 does not clip."""
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Of the main parameters. adam: the published recipe; muon: orthogonal updates of matrices, far fewer steps."""
+
+    muon: MuonSection = MuonSection()
+    """Of muon alone: other than the defaults, it is refused with adam."""
+
     aux_lr: float = 1e-3
     """Learning rate of the entropy bottleneck's quantiles."""
 
@@ -220,6 +256,8 @@ class TrainSection:
         _check(self.batch_size >= 1, "train.batch_size", self.batch_size, "at least 1")
         _check(self.accumulation >= 1, "train.accumulation", self.accumulation, "at least 1")
         _check(self.clip >= 0, "train.clip", self.clip, "0 (off) or positive")
+        if self.optimizer == "adam" and self.muon != MuonSection():
+            raise LalicError("train.muon is set, but train.optimizer is adam: set it to muon, or leave train.muon out")
         _check(self.aux_lr > 0, "train.aux_lr", self.aux_lr, "positive")
         _check(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "between 0 and 1, or null")
         threads = self.cpu_threads
@@ -243,7 +281,7 @@ class StageSection:
     """One item of `stages`: a length, a learning rate and a crop."""
 
     lr: float
-    """Learning rate of the main parameters, constant through the stage."""
+    """Learning rate of the main parameters, that of whichever optimiser; see warmup and decay."""
 
     crop: int
     """Side of the random square crops in pixels, a multiple of 64."""
@@ -254,6 +292,15 @@ class StageSection:
     steps: int | None = field(default=None, metadata={"instead_of": "epochs"})
     """Length in optimiser steps. Give this or epochs."""
 
+    warmup: int = 0
+    """Steps at the beginning of the stage in which the learning rate rises to lr, in equal parts from 0."""
+
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes from lr, after the warm-up, to lr_end at the end of the stage."""
+
+    lr_end: float | None = None
+    """With a decay: the learning rate that the step after the stage would have, 0 or more."""
+
     t_max: int | None = None
     """Most tokens that the first Bi-RWKV stage may get, a guard for memory; null: what the crop needs."""
 
@@ -263,6 +310,15 @@ class StageSection:
         for name, value in (("epochs", self.epochs), ("steps", self.steps)):
             _check(value is None or value >= 1, f"stages.N.{name}", value, "at least 1")
         _check(self.lr > 0, "stages.N.lr", self.lr, "positive")
+        _check(self.warmup >= 0, "stages.N.warmup", self.warmup, "0 or more")
+        if self.steps is not None:
+            self.check_warmup(self.steps)
+        if self.decay == "constant":
+            fits, wanted = self.lr_end is None, "left out, or stages.N.decay=cosine or linear given"
+        else:
+            fits = self.lr_end is not None and 0 <= self.lr_end <= self.lr
+            wanted = f"given with stages.N.decay={self.decay}, between 0 and stages.N.lr = {self.lr}"
+        _check(fits, "stages.N.lr_end", self.lr_end, wanted)
         crop_fits = self.crop >= STRIDE and self.crop % STRIDE == 0
         _check(crop_fits, "stages.N.crop", self.crop, f"a positive multiple of {STRIDE}")
         if self.t_max is not None and self.tokens > self.t_max:
@@ -270,6 +326,11 @@ class StageSection:
                 f"stages.N.crop: a crop of {self.crop} needs t_max {self.tokens} (tokens of the first stage, "
                 f"(crop/2)^2), but stages.N.t_max is {self.t_max}: raise it or take a smaller crop"
             )
+
+    def check_warmup(self, steps: int, number: int | str = "N") -> None:
+        """LalicError when the warm-up is longer than the stage, item `number` of the list, of so many steps."""
+        allowed = f"at most the {steps} steps of the stage"
+        _check(self.warmup <= steps, f"stages.{number}.warmup", self.warmup, allowed)
 
     @property
     def tokens(self) -> int:

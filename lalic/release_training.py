@@ -30,6 +30,8 @@ def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any
     train = _section(config, "train")
     if isinstance(train.get("batch_size"), int):
         facts |= {"batch size": train["batch_size"], "crops seen": meta["step"] * train["batch_size"]}
+    if train.get("optimizer"):
+        facts["optimiser"] = train["optimizer"]
     if start := _start(run, train.get("init_from")):
         facts["started from"] = start
     if train.get("precision"):
@@ -147,4 +149,9 @@ def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _stage(stage: dict[str, Any]) -> str:
     keys = {"epochs": "epochs", "steps": "steps", "lr": "learning rate", "crop": "crop"}
-    return ", ".join(f"{name} {stage[key]}" for key, name in keys.items() if stage.get(key) is not None)
+    told = {name: str(stage[key]) for key, name in keys.items() if stage.get(key) is not None}
+    if stage.get("lr_end") is not None:
+        told["learning rate"] += f" to {stage['lr_end']} ({stage.get('decay')})"
+    if stage.get("warmup"):
+        told["warm-up"] = str(stage["warmup"])
+    return ", ".join(f"{name} {value}" for name, value in told.items())

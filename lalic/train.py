@@ -68,7 +68,7 @@ def train(config: RunConfig, watchdog: Watchdog) -> None:
                     return
                 waited = time.perf_counter() - started
                 watchdog.enter(STEP, session.step)
-                result = session.stepper(micro_batches, step=session.step, lr=stage.lr)
+                result = session.stepper(micro_batches, step=session.step, lr=stage.lr_at(session.step))
                 session.step += 1
                 session.note_skipped()
                 log_due = session.step % config.log.every == 0 or session.step == stage.end

@@ -96,6 +96,22 @@ def test_unknown_key_names_the_nearest(base: Path, setting: str, words: list[str
         ("stages.1.lr=0", ["stages.1.lr", "positive"]),
         ("stages.1.crop=300", ["stages.1.crop", "multiple of 64", "300"]),
         ("stages.1.epochs=0", ["stages.1.epochs", "at least 1"]),
+        ("stages.1.warmup=-1", ["stages.1.warmup", "0 or more"]),
+        ("stages.0={steps: 5, lr: 1e-3, crop: 64, warmup: 6}", ["stages.0.warmup", "at most the 5 steps"]),
+        ("stages.1.lr_end=1e-6", ["stages.1.lr_end", "stages.1.decay=cosine or linear"]),
+        ("stages.1.decay=cosine", ["stages.1.lr_end", "given with stages.1.decay=cosine", "null"]),
+        ("stages.1.decay=step", ["stages.1.decay", "constant or cosine or linear"]),
+        ("stages.0={steps: 5, lr: 1e-3, crop: 64, decay: linear, lr_end: 2e-3}", ["stages.0.lr_end", "0.001"]),
+        ("stages.0={steps: 5, lr: 1e-3, crop: 64, decay: linear, lr_end: -1}", ["stages.0.lr_end", "between 0"]),
+        ("train.optimizer=sgd", ["train.optimizer", "adam or muon"]),
+        ("train.muon.momentum=0.9", ["train.muon is set", "train.optimizer is adam"]),
+        ("train.muon.momentum=1", ["train.muon.momentum", "below 1"]),
+        ("train.muon.scale=0", ["train.muon.scale", "positive"]),
+        ("train.muon.rest_lr=-1", ["train.muon.rest_lr", "positive"]),
+        ("train.muon.min_side=0", ["train.muon.min_side", "at least 1"]),
+        ("train.muon.newton_schulz=0", ["train.muon.newton_schulz", "at least 1"]),
+        ("train.muon.products=fp16", ["train.muon.products", "auto or fp32 or bf16"]),
+        ("train.muon.nesterov=false", ["unknown key 'train.muon.nesterov'", "train.muon"]),
         ("stages=[]", ["stages", "at least one stage"]),
         ("stages=[{lr: 1e-3, crop: 64}]", ["stages.0.epochs", "stages.0.steps"]),
         ("stages=[{epochs: 1, crop: 64}]", ["stages.0.lr is missing"]),
@@ -230,6 +246,9 @@ def test_reading_a_config_imports_no_torch(base: Path) -> None:
         (["train.precision=bf16"], ["train.precision"]),
         (["stages.0.lr=1e-3"], ["stages.0.lr"]),
         (["stages.0.epochs=39"], ["stages.0.epochs"]),
+        (["stages.1.warmup=2"], ["stages.1.warmup"]),
+        (["train.optimizer=muon"], ["train.optimizer (adam -> muon)"]),
+        (["train.optimizer=muon", "train.muon.momentum=0.9"], ["train.optimizer", "train.muon.momentum"]),
         (["stages.1.crop=256"], ["stages.1.crop"]),
         (["stages=[{epochs: 40, lr: 1e-4, crop: 256}]"], ["stages.1"]),
     ],
@@ -261,3 +280,12 @@ def test_another_run_is_refused(base: Path, settings: list[str], named: list[str
 )
 def test_the_same_run_may_go_on(base: Path, settings: list[str]) -> None:
     check_same_run(read_config(base), read_config(base, settings), {"stage": 2})
+
+
+def test_the_length_of_a_stage_that_decays_is_not_changed_under_way(base: Path) -> None:
+    """Its past learning rates would have been others."""
+    decay = "{{epochs: {}, lr: 1e-5, crop: 512, decay: cosine, lr_end: 0}}"
+    old, new = (read_config(base, ["stages.1=" + decay.format(epochs)]) for epochs in (4, 9))
+    with pytest.raises(LalicError, match=r"stages.1.epochs \(4 -> 9\)"):
+        check_same_run(old, new, {"stage": 2})
+    check_same_run(old, new, {"stage": 1})

@@ -92,6 +92,13 @@ class TestFacts:
             "on": "cpu, 2 processes of 1 thread; NVIDIA H100 up to step 400",
         }
 
+    def test_muon_with_warm_up_and_decay(self, tmp_path: Path) -> None:
+        stage = "{steps: 9, lr: 0.003, crop: 64, warmup: 2, decay: cosine, lr_end: 0.0}"
+        config = f"train: {{optimizer: muon}}\nstages:\n- {stage}\n"
+        facts = training_facts(self.write(tmp_path / "low", config))
+        assert facts["optimiser"] == "muon"
+        assert facts["stages"] == "steps 9, learning rate 0.003 to 0.0 (cosine), crop 64, warm-up 2"
+
     def test_stages_that_are_not_done(self, tmp_path: Path) -> None:
         facts = training_facts(self.write(tmp_path / "low", self.CONFIG, total_steps=2000))
         assert facts["stages"].endswith("crop 128 (planned; these weights are of step 1,000 of 2,000)")

@@ -379,6 +379,33 @@ def test_stages_in_steps_and_epochs() -> None:
     assert schedule.remaining(54) == ()
 
 
+def test_learning_rates_are_those_of_the_formulas() -> None:
+    stages = (
+        StageSection(lr=3e-3, crop=256, steps=20, warmup=4, decay="cosine", lr_end=1e-4),
+        StageSection(lr=1e-3, crop=256, steps=10, decay="linear", lr_end=0.0),
+        StageSection(lr=2e-4, crop=256, steps=5, warmup=5),
+        StageSection(lr=1e-4, crop=256, steps=3),
+    )
+    first, second, third, last = plan(stages, 8, lambda crop: 100).stages
+    assert [first.lr_at(s) for s in range(4)] == pytest.approx([0.75e-3, 1.5e-3, 2.25e-3, 3e-3], rel=1e-12)
+    assert first.lr_at(4) == 3e-3
+    assert first.lr_at(12) == pytest.approx((3e-3 + 1e-4) / 2, rel=1e-12)  # half of the sixteen steps of the decay
+    quarter = 1e-4 + 2.9e-3 * (1 + 0.5**0.5) / 2
+    assert first.lr_at(8) == pytest.approx(quarter, rel=1e-12)
+    falling = [first.lr_at(s) for s in range(4, 20)]
+    assert falling == sorted(falling, reverse=True) and 1e-4 < falling[-1] < 1.4e-4
+    assert [second.lr_at(20 + s) for s in range(10)] == pytest.approx([1e-3 - s * 1e-4 for s in range(10)], rel=1e-12)
+    assert [third.lr_at(30 + s) for s in range(5)] == pytest.approx([4e-5, 8e-5, 1.2e-4, 1.6e-4, 2e-4], rel=1e-12)
+    assert {last.lr_at(s) for s in (35, 36, 37)} == {1e-4}
+
+
+def test_a_warm_up_longer_than_its_stage_is_refused() -> None:
+    """In epochs, only the images tell how long a stage is."""
+    stages = (StageSection(lr=1e-3, crop=256, steps=5), StageSection(lr=1e-3, crop=256, epochs=1, warmup=14))
+    with pytest.raises(LalicError, match=r"stages\.1\.warmup must be at most the 13 steps of the stage, not 14"):
+        plan(stages, 8, lambda crop: 100)
+
+
 def test_published_recipe_has_the_published_length(root: Path) -> None:
     config = read_config(root / "configs" / "lalic.yaml")
     schedule = plan(config.stages, config.train.batch_size, lambda crop: 400_000)

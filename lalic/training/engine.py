@@ -3,12 +3,14 @@
     start_processes ─► build_engine ─► DDPEngine         launcher: NO or MULTI_GPU
                                   └──► DeepSpeedEngine   launcher: DEEPSPEED, stage 1 or 2
 
-The launcher alone chooses. An engine owns the main parameters and their Adam, and nothing else: the quantiles have
-an optimiser of their own in lalic.training.step. Its state on disk has one form under all of them.
+The launcher alone chooses. An engine owns the main parameters and their optimiser (Adam, or Muon under DDP), and
+nothing else: the quantiles have an optimiser of their own in lalic.training.step. Its state on disk has one form under
+all of them.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -21,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 from lalic.config import TrainSection
 from lalic.model import LALIC
 from lalic.training.engine_settings import deepspeed_asked, deepspeed_settings
+from lalic.training.muon import Muon, check_kind, find_matrices
+
+logger = logging.getLogger("lalic.train")
 
 
 class Engine(Protocol):
@@ -42,25 +47,78 @@ class Engine(Protocol):
         not."""
 
     def step(self, lr: float, broken: Tensor) -> None:
-        """Adam's step, and gradients to zero. Where the scalar `broken` is 1, weights, moments and step count stay."""
+        """The optimiser's step, and gradients to zero. Where the scalar `broken` is 1, weights, moments and step count
+        stay."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Adam's state as torch.optim.Adam has it for whole parameters. All ranks call it; the first one gets it."""
+        """The optimiser's state: as torch.optim.Adam has it for whole parameters, or Muon's. All ranks call it; the
+        first one gets it."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`, after the weights were loaded; every rank gives the whole state."""
+        """Inverse of `state_dict`, after the weights were loaded; every rank gives the whole state. LalicError when it
+        is another optimiser's."""
+
+
+class MainOptimizer(Protocol):
+    """What steps the main parameters of DDPEngine: MainAdam or Muon."""
+
+    parameters: list[nn.Parameter]
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the steps that follow."""
+
+    def apply(self, left_out: Tensor) -> None:
+        """One step; where the scalar `left_out` is 1, nothing changes."""
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """See Engine."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See Engine."""
+
+
+class MainAdam(torch.optim.Adam):
+    """The published recipe's. Fused Adam alone leaves a step out without asking the host."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        super().__init__(parameters, lr=0.0, fused=True)
+        self.parameters: list[nn.Parameter] = self.param_groups[0]["params"]
+
+    def set_lr(self, lr: float) -> None:
+        """See MainOptimizer."""
+        self.param_groups[0]["lr"] = lr
+
+    def apply(self, left_out: Tensor) -> None:
+        """See MainOptimizer."""
+        # How GradScaler tells it: where it is 1, the kernel leaves weights, moments and step count alone.
+        self.found_inf = left_out
+        self.step()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """See MainOptimizer."""
+        check_kind(state, "adam")
+        super().load_state_dict(dict(state))
 
 
 def build_engine(accelerator: Accelerator, model: LALIC, train: TrainSection) -> Engine:
     """The engine that the launcher asks for. Raises SharedError when DeepSpeed cannot follow the config."""
     parameters = model.main_parameters()
-    # The stage's learning rate comes with every step. Fused Adam alone leaves a step out without asking the host.
-    optimizer = torch.optim.Adam(parameters, lr=0.0, fused=True)
     if not deepspeed_asked():
+        optimizer: MainOptimizer
+        if train.optimizer == "muon":
+            optimizer = muon = Muon(parameters, find_matrices(model, train.muon.min_side), train.muon)
+            if accelerator.is_main_process:
+                logger.info("%s", muon.describe())
+        else:
+            optimizer = MainAdam(parameters)
         return DDPEngine(accelerator, model, optimizer, train.clip)
     from lalic.training.engine_deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(accelerator, model, optimizer, deepspeed_settings(train, accelerator.num_processes))
+    settings = deepspeed_settings(train, accelerator.num_processes)
+    return DeepSpeedEngine(accelerator, model, MainAdam(parameters), settings)
 
 
 class DDPEngine:
@@ -68,13 +126,12 @@ class DDPEngine:
 
     name = "DDP"
 
-    def __init__(self, accelerator: Accelerator, model: LALIC, optimizer: torch.optim.Adam, clip: float):
+    def __init__(self, accelerator: Accelerator, model: LALIC, optimizer: MainOptimizer, clip: float):
         keep_out_of_ddp(model, model.quantiles())
-        self.accelerator, self._main = accelerator, optimizer
-        self.parameters = optimizer.param_groups[0]["params"]
+        self.accelerator, self.optimizer = accelerator, optimizer
+        self.parameters = optimizer.parameters
         self.largest = clip or float("inf")
-        self.model: nn.Module
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model: nn.Module = accelerator.prepare(model)
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[nn.Module]:
@@ -94,10 +151,8 @@ class DDPEngine:
 
     def step(self, lr: float, broken: Tensor) -> None:
         """See Engine."""
-        # How GradScaler tells it: where it is 1, the kernel leaves weights, moments and step count alone.
-        self._main.found_inf = broken  # type: ignore[attr-defined]
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
+        self.optimizer.set_lr(lr)
+        self.optimizer.apply(broken)
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from lalic.errors import LalicError
 from lalic.model import LALIC
 from lalic.training.distributed import together
+from lalic.training.muon import check_kind
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -125,6 +126,7 @@ class DeepSpeedEngine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See Engine."""
+        check_kind(state, "adam")
         self._fill(self.part.data, self.parameters)
         per_parameter = [state["state"][number] for number in range(len(self.parameters))]
         steps = {float(s["step"]) for s in per_parameter}

@@ -109,7 +109,7 @@ def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> N
 
     May change: what does not touch the result (folders, workers, logs, checkpoints, validation), what changes it
     by rounding alone (threads, accumulation, gradient checkpointing), and the future: stages that have not begun,
-    and the length of the present one.
+    and the length of the present one where no past learning rate follows from it.
     """
     changed = [(key, a, b) for key, a, b in differences(old, new) if key != "stages"]
     changed = [c for c in changed if c[0] not in ("loss.quality", "loss.lambda")]
@@ -121,7 +121,7 @@ def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> N
         if i >= len(new.stages):
             changed.append((f"stages.{i}", as_mapping(old.stages[i]), None))
             continue
-        length = {"epochs", "steps"} if i == begun - 1 else set()
+        length = {"epochs", "steps"} if i == begun - 1 and old.stages[i].decay == "constant" else set()
         changed += [
             (key, a, b)
             for key, a, b in differences(old.stages[i], new.stages[i], f"stages.{i}")

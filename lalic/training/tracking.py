@@ -119,7 +119,7 @@ class Tracker:
         values = {n: t / count if count else math.nan for n, t in zip(self._names, totals, strict=True)}
         speed, ranks = self._steps * self.batch_size / self._busy, self.accelerator.num_processes
         extra = {
-            "lr": stage.lr,
+            "lr": stage.lr_at(step - 1),
             "images_per_second": speed,
             "images_per_second_per_rank": speed / ranks,
             "step_seconds": self._busy / self._steps,
@@ -149,7 +149,7 @@ class Tracker:
         return (
             f"step {step}/{total} ({100 * step / total:.1f} %) stage {stage.number}/{stages} "
             f"loss {values['loss']:.4f} bpp {values['bpp']:.4f} psnr {values['psnr']:.2f} {quality}"
-            f"aux {values['aux']:.2f} gnorm {values['gradient_norm']:.3f} lr {stage.lr:.1e} "
+            f"aux {values['aux']:.2f} gnorm {values['gradient_norm']:.3f} lr {extra['lr']:.1e} "
             f"{extra['images_per_second']:.1f} img/s wait {100 * extra['data_wait_share']:.0f} % "
             f"eta {duration(left)}"
             + (f" bad {extra['bad_samples']}" if extra["bad_samples"] else "")
