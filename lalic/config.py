@@ -16,7 +16,7 @@ from typing import Any, Literal
 from lalic import ladder
 from lalic.errors import LalicError
 from lalic.sizes import Size
-from lalic.training.typed_yaml import build, dump_yaml, load_yaml, override
+from lalic.training.typed_yaml import as_mapping, build, dump_yaml, load_yaml, override
 
 STRIDE = 64
 """Sides of images in the network are multiples of this."""
@@ -152,8 +152,9 @@ class LossSection:
     metric: Literal["mse", "ms-ssim"] = "mse"
     """Distortion that is trained for."""
 
-    quality: int | None = field(default=None, metadata={"instead_of": "lambda"})
-    """1 to 6 on the quality ladder of the metric. Give this or lambda."""
+    quality: int | tuple[int, ...] | None = field(default=None, metadata={"instead_of": "lambda"})
+    """1 to 6 on the quality ladder of the metric, or a range of it, such as [1, 6]: one model for all these rungs.
+    Give this or lambda."""
 
     lmbda: float | None = field(default=None, metadata={"key": "lambda", "instead_of": "quality"})
     """The multiplier itself. Give this or quality."""
@@ -164,18 +165,54 @@ class LossSection:
         if self.quality is None and self.lmbda is None:
             raise LalicError("the loss needs loss.quality=1 ... 6 (the ladder) or loss.lambda=NUMBER")
         steps = ladder.LADDERS[self.metric]
-        if self.quality is not None:
+        if isinstance(self.quality, tuple):
+            rising = len(self.quality) == 2 and self.quality[0] < self.quality[1]
+            allowed = f"a range of two rungs from {min(steps)} to {max(steps)}, the lower one first, such as [1, 6]"
+            _check(rising and all(q in steps for q in self.quality), "loss.quality", list(self.quality), allowed)
+        elif self.quality is not None:
             _check(self.quality in steps, "loss.quality", self.quality, f"{min(steps)} to {max(steps)}")
         if self.lmbda is not None:
             _check(self.lmbda > 0, "loss.lambda", self.lmbda, "positive")
 
     @property
+    def rungs(self) -> tuple[int, ...] | None:
+        """The qualities of a range, lowest first; None for a single rate."""
+        return tuple(range(self.quality[0], self.quality[-1] + 1)) if isinstance(self.quality, tuple) else None
+
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """Lambda of every rung; of a single rate, one."""
+        if self.rungs is None:
+            return (self.multiplier,)
+        return tuple(ladder.lambda_of(self.metric, rung) for rung in self.rungs)
+
+    @property
     def multiplier(self) -> float:
-        """Lambda, whichever way it was given."""
+        """Lambda of a single rate, whichever way it was given. Raises LalicError for a range, which has several."""
         if self.lmbda is not None:
             return self.lmbda
-        assert self.quality is not None
+        if not isinstance(self.quality, int):
+            raise LalicError(
+                f"loss.quality={as_mapping(self.quality)} is a range of rates, and this needs a single one"
+            )
         return ladder.lambda_of(self.metric, self.quality)
+
+    @property
+    def reference(self) -> float:
+        """The lambda at which a range's loss has the weight 1: the geometric middle of the range."""
+        return math.sqrt(self.lambdas[0] * self.lambdas[-1])
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """What a sample's loss is multiplied by, for every rung: without it the highest rungs would be all that counts,
+        because the loss grows with about the root of lambda."""
+        return tuple(1 / math.sqrt(lmbda / self.reference) for lmbda in self.lambdas)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint says of the loss: metric and lambda, or of a range metric, quality and lambdas."""
+        if isinstance(self.quality, tuple):
+            return {"metric": self.metric, "quality": list(self.quality), "lambdas": list(self.lambdas)}
+        return {"metric": self.metric, "lambda": self.multiplier}
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@
                  [--list]
 
 One picture (.png, .svg, .pdf) for the width of a page: loss, bits per pixel and PSNR of training (lines) and of
-validation (rings), steps per second, and a lane for each run with its interruptions. Printed: a table of the runs;
-with --list, one of every interruption. Reads log.jsonl and events.jsonl of the run folders and changes nothing; the
-runs may go on meanwhile. The same files give the same bytes.
+validation (rings), steps per second, and a lane for each run with its interruptions; of a run on a range of rates a
+line for every rung, the lighter the lower. Printed: a table of the runs, and one of their rungs; with --list, one of
+every interruption. Reads log.jsonl and events.jsonl of the run folders and changes nothing; the runs may go on
+meanwhile. The same files give the same bytes.
 """
 
 from __future__ import annotations
@@ -53,9 +54,7 @@ def summary(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
     rows = [titles, ("---", *["---:"] * (len(titles) - 3), "---", "---")]
     for run, name in zip(runs, names, strict=True):
         speeds = [v for v in run.train.values["steps_per_second"] if math.isfinite(v)]
-        tail = max(1, len(run.train) // 10)
-        trained = {key: mean(run.train.values[key][-tail:]) for key in VALIDATED}
-        found = _measured({key: values[-1] for key, values in run.validation.values.items() if values})
+        trained, found = _ends(run)
         rows.append(
             (
                 for_terminal(name),
@@ -64,11 +63,32 @@ def summary(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
                 f"{statistics.median(speeds):.3g}" if speeds else "-",
                 str(run.starts),
                 *(str(run.count(kind)) for kind in KINDS),
-                _measured(trained) or "-",
+                trained or "-",
                 f"{found} at step {run.validation.steps[-1]}" if found else "-",
             )
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def rungs_table(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
+    """A Markdown table of every rung of the runs on a range of rates; the losses are not weighed. Empty without any."""
+    rows = [("run", "rung", "training: loss, bpp, PSNR", "validation: loss, bpp, PSNR"), ("---",) * 4]
+    for run, name in zip(runs, names, strict=True):
+        for rung in run.rungs:
+            trained, found = _ends(run, f"q{rung}/")
+            rows.append((for_terminal(name), f"q{rung}", trained or "-", found or "-"))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) if len(rows) > 2 else ""
+
+
+def _ends(run: RunHistory, prefix: str = "") -> tuple[str, str]:
+    """Loss, bpp and PSNR of the last tenth of the training lines, and of the last validation."""
+    tail = max(1, len(run.train) // 10)
+    last = {"train": tail, "validation": 1}
+    trained, found = (
+        _measured({key: mean(values.get(prefix + key, [])[-last[kind] :]) for key in VALIDATED})
+        for kind, values in (("train", run.train.values), ("validation", run.validation.values))
+    )
+    return trained, found
 
 
 def _measured(values: Mapping[str, float]) -> str:
@@ -140,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     runs, names = [run for run, _ in begun], [name for _, name in begun]
     plot_runs(runs, args.output, over=args.over, labels=names, title=args.title)
     print(summary(runs, names))
+    if table := rungs_table(runs, names):
+        print("\n" + table)
     if args.list and any(run.interruptions for run in runs):
         print("\n" + interruptions(runs, names))
     print(f"\n{args.output}")

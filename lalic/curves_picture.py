@@ -9,7 +9,7 @@ from typing import Any
 
 from lalic.drawing import COLOURS, figure, quiet_axes
 from lalic.errors import LalicError, for_terminal
-from lalic.run_history import KINDS, Interruption, Kind, Points, RunHistory
+from lalic.run_history import KINDS, VALIDATED, Interruption, Kind, Points, RunHistory
 
 PANELS = {
     "loss": "loss",
@@ -77,26 +77,55 @@ def _look(index: int) -> dict[str, Any]:
 
 def _panel(axes: Any, runs: Sequence[RunHistory], name: str, over: str) -> None:
     shown: list[float] = []
+    labelled = next((run for run in runs if run.rungs), None)
     for i, run in enumerate(runs):
-        colour = COLOURS[i % len(COLOURS)]
-        x, y = thinned(_xs(run.train, over), run.train.values[name], _MOST_POINTS)
-        trend = running_mean(y, len(y) // _WINDOWS)
-        if trend != y:
-            axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
-        axes.plot(x, trend, linewidth=1.4, zorder=3, **_look(i))
-        begun = _BEGINNING * _last(run, over)
-        shown += [v for at, v in zip(x, trend, strict=True) if at >= begun]
-        if name in run.validation.values:
-            x, y = _xs(run.validation, over), run.validation.values[name]
-            few = len(y) <= 60
-            axes.plot(
-                x, y, color=colour, linewidth=0.8, alpha=0.9, zorder=4,
-                marker="o", markersize=3.2 if few else 2, markerfacecolor="white", markeredgewidth=0.8,
-            )  # fmt: skip
-            shown += [v for at, v in zip(x, y, strict=True) if at >= begun]
+        if not run.rungs or name not in VALIDATED:
+            shown += _curve(axes, run, name, over, _look(i))
+            continue
+        if name == "loss":  # the mean of the rungs' weighed losses; means of rates and qualities tell nothing
+            shown += _curve(axes, run, name, over, {**_look(i), "linewidth": 1.8})
+        for j, rung in enumerate(run.rungs):
+            shade = _shade(COLOURS[i % len(COLOURS)], j, len(run.rungs))
+            own = _curve(axes, run, f"q{rung}/{name}", over, {**_look(i), "color": shade, "linewidth": 1.0})
+            shown += own
+            if run is labelled and (ends := [v for v in own if math.isfinite(v)]):
+                axes.annotate(
+                    f"q{rung}", (1.004, ends[-1]), xycoords=("axes fraction", "data"),
+                    fontsize=6.5, color=shade, va="center", annotation_clip=False,
+                )  # fmt: skip
     axes.set_ylabel(PANELS[name])
     _scale(axes, [v for v in shown if math.isfinite(v)], logarithmic=name == "loss")
     quiet_axes(axes)
+
+
+def _curve(axes: Any, run: RunHistory, name: str, over: str, look: dict[str, Any]) -> list[float]:
+    """Draw one quantity of a run, its training and its validation; the values that its axis must show."""
+    begun = _BEGINNING * _last(run, over)
+    shown: list[float] = []
+    if name in run.train.values:
+        x, y = thinned(_xs(run.train, over), run.train.values[name], _MOST_POINTS)
+        trend = running_mean(y, len(y) // _WINDOWS)
+        if trend != y:
+            axes.plot(x, y, color=look["color"], linewidth=0.6, alpha=0.3)
+        axes.plot(x, trend, zorder=3, **{"linewidth": 1.4, **look})
+        shown += [v for at, v in zip(x, trend, strict=True) if at >= begun]
+    if name in run.validation.values:
+        x, y = _xs(run.validation, over), run.validation.values[name]
+        axes.plot(
+            x, y, color=look["color"], linewidth=0.8, alpha=0.9, zorder=4,
+            marker="o", markersize=3.2 if len(y) <= 60 else 2, markerfacecolor="white", markeredgewidth=0.8,
+        )  # fmt: skip
+        shown += [v for at, v in zip(x, y, strict=True) if at >= begun]
+    return shown
+
+
+def _shade(colour: str, index: int, count: int) -> tuple[float, float, float]:
+    """Of a run's colour for its rung number `index`: the lowest is the lightest, the highest nearly black."""
+    from matplotlib.colors import to_rgb
+
+    at = index / max(1, count - 1) - 0.5  # -1/2 to 1/2
+    red, green, blue = ((1 - 1.4 * at) * c if at > 0 else c - 1.1 * at * (1 - c) for c in to_rgb(colour))
+    return red, green, blue
 
 
 def _scale(axes: Any, values: Sequence[float], logarithmic: bool) -> None:

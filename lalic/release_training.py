@@ -26,6 +26,8 @@ def training_facts(checkpoint: Path, *, averaged: bool = False) -> dict[str, Any
     name = _section(_read_yaml(run / "config.yaml"), "data").get("name") or _section(config, "data").get("name")
     if name:
         facts["trained on"] = " ".join(str(name).split())
+    if rates := _rates(meta.get("loss")):
+        facts["rates"] = rates
     facts["steps"] = meta["step"]
     train = _section(config, "train")
     if isinstance(train.get("batch_size"), int):
@@ -87,6 +89,14 @@ def started_from(place: str, source: Path) -> dict[str, Any]:
         config = _read_json(source / "config.json")
         name, step = str(config.get("name") or name), config.get("step")
     return {"name": name, "step": step}
+
+
+def _rates(loss: Any) -> str:
+    """The range of rates that one model was trained for, in words; "" for a single rate."""
+    if not isinstance(loss, Mapping) or not isinstance(loss.get("lambdas"), list):
+        return ""
+    (low, high), lambdas = loss["quality"], loss["lambdas"]
+    return f"q{low} to q{high} in one training (lambda {lambdas[0]:g} to {lambdas[-1]:g})"
 
 
 def _start(run: Path, init_from: Any) -> str:

@@ -8,6 +8,7 @@ the last that it wrote); the time between is left out.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ _FILES = ("config.yaml", LOG, EVENTS, "checkpoints", "DONE")
 
 TRAINED = ("loss", "bpp", "psnr", "steps_per_second")
 VALIDATED = ("loss", "bpp", "psnr")
+"""A run on a range of rates also tells these of every rung, as "q1/loss"; the rungs' losses are not weighed."""
 
 Kind = Literal["stopped", "failed", "killed", "rollback"]
 KINDS: dict[Kind, str] = {
@@ -86,6 +88,12 @@ class RunHistory:
     """The last that was logged."""
     stages: list[tuple[int, float, int]] = field(default_factory=list)
     """Stages after the first: step and hours of their first log line, and their number."""
+
+    @property
+    def rungs(self) -> list[int]:
+        """The rungs that the logs tell of; none for a single rate."""
+        names = {*self.train.values, *self.validation.values}
+        return sorted({int(name[1:].partition("/")[0]) for name in names if "/" in name})
 
     def until(self, over: str, end: float) -> RunHistory:
         """The run as it was at a step or after hours of life, so that runs can be compared after equal time."""
@@ -156,12 +164,17 @@ def _by_step(lines: Iterable[Record]) -> list[Record]:
 
 def _points(lines: Sequence[Record], clock: _Clock, names: Sequence[str]) -> Points:
     def value(line: Record, name: str) -> float:
+        rung, slash, of_rung = name.partition("/")
+        if slash:
+            line, name = _rungs(line).get(rung[1:], {}), of_rung
         if name == "steps_per_second":
             seconds = number(line, "step_seconds")
             return 1 / seconds if seconds and seconds > 0 else math.nan
         found = number(line, name)
         return math.nan if found is None else float(found)
 
+    rungs = sorted({rung for line in lines for rung in _rungs(line)})
+    names = [*names, *(f"q{rung}/{name}" for rung in rungs for name in VALIDATED)]
     hours: list[float] = []
     for line in lines:
         # A line without a time, or with that of a clock that was set back, stands with the one before it.
@@ -171,6 +184,13 @@ def _points(lines: Sequence[Record], clock: _Clock, names: Sequence[str]) -> Poi
     return Points(
         [line["step"] for line in lines], hours, {name: [value(line, name) for line in lines] for name in names}
     )
+
+
+def _rungs(line: Record) -> dict[str, Record]:
+    """What a log line tells of every rung: {"1": ...}."""
+    found = line.get("rungs")
+    told = found.items() if isinstance(found, dict) else ()
+    return {rung: values for rung, values in told if re.fullmatch("[1-9]", rung) and isinstance(values, dict)}
 
 
 def _lives(events: Sequence[Record], *logs: Sequence[Record]) -> list[_Life]:

@@ -83,6 +83,11 @@ class RunStatus:
     job: str | None = None
     metric: str | None = None
     lmbda: float | None = None
+    """Of a run with a single rate."""
+    lambdas: dict[str, float] | None = None
+    """Of a run on a range of rates, by rung: {"1": 0.0018, ...}. Its validation, best and rungs have one entry each."""
+    rungs: dict[str, Any] | None = None
+    """Loss (not weighed), bpp, psnr ... of every rung in the newest log line."""
     updated: float | None = None
     """Seconds since 1970: the last sign of life."""
 
@@ -144,7 +149,9 @@ def read_status(run: str | Path) -> RunStatus:
         host=start.get("host") if isinstance(start.get("host"), str) else None,
         job=start.get("job") if isinstance(start.get("job"), str) else None,
         metric=config.loss.metric if config else None,
-        lmbda=config.loss.multiplier if config else None,
+        lmbda=config.loss.multiplier if config and not config.loss.rungs else None,
+        lambdas=_lambdas(config) if config else None,
+        rungs=rungs if isinstance(rungs := line.get("rungs"), dict) else None,
         updated=updated,
     )
 
@@ -175,6 +182,11 @@ def _state(
     if elsewhere and age is not None and age < quiet:
         return "running", "as its last sign of life suggests"
     return "stopped", "ended without a word: killed, or its machine is gone"
+
+
+def _lambdas(config: RunConfig) -> dict[str, float] | None:
+    rungs = config.loss.rungs
+    return dict(zip(map(str, rungs), config.loss.lambdas, strict=True)) if rungs else None
 
 
 def _config(run: Path) -> RunConfig | None:

@@ -56,15 +56,13 @@ def text(status: RunStatus, now: float | None = None) -> str:
     if status.state in ("running", "stopped") and status.eta_seconds is not None:
         where.append(f"{'eta' if status.state == 'running' else 'to go'} {duration(status.eta_seconds)}")
     lines.append(", ".join(where))
-    lines += [
-        f"{name}: {values}"
-        for name, values in (
-            ("training", _values(vars(status), ("loss", "bpp", "psnr"))),
-            ("validation", _measured(status.validation)),
-            ("best", _measured(status.best)),
-        )
-        if values
-    ]
+    for name, values, rungs in (
+        ("training", _values(vars(status), ("loss", "bpp", "psnr")), None if status.validation else status.rungs),
+        ("validation", _measured(status.validation), (status.validation or {}).get("rungs")),
+        ("best", _measured(status.best), None),
+    ):
+        lines += [f"{name}: {values}"] if values else []
+        lines += _rungs(rungs, status.lambdas or {})
     if status.images_per_second is not None:
         memory = f", memory {status.memory_gib:.1f} GiB" if status.memory_gib is not None else ""
         wait = f", data wait {100 * status.data_wait_share:.0f} %" if status.data_wait_share is not None else ""
@@ -157,6 +155,16 @@ def _measured(values: Mapping[str, Any] | None) -> str:
         return ""
     shown = _values(values, ("loss", "bpp", "psnr", "ms_ssim"))
     return f"{shown} at step {values['step']}" if "step" in values else shown
+
+
+def _rungs(rungs: Any, lambdas: Mapping[str, float]) -> list[str]:
+    """A line for every rung of a run on a range of rates; the losses are not weighed."""
+    lines = []
+    for rung, values in rungs.items() if isinstance(rungs, Mapping) else ():
+        shown = _measured(values) if isinstance(values, Mapping) else ""
+        named = f" (lambda {lambdas[rung]:g})" if rung in lambdas else ""
+        lines.append(f"  q{_one_line(rung)}{named}: {shown or '-'}")
+    return lines
 
 
 def _saved(saved: SavedStep) -> str:

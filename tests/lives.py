@@ -83,8 +83,8 @@ def break_steps(broken: list[int]) -> None:
 
     backward = TrainStep._backward
 
-    def breaks(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
-        terms = backward(self, pixels, step, *more)
+    def breaks(self: TrainStep, batch: Any, step: int, *more: int) -> Any:
+        terms = backward(self, batch, step, *more)
         return {**terms, "loss": terms["loss"] * float("nan")} if step in broken else terms
 
     TrainStep._backward = breaks  # type: ignore[method-assign]
@@ -132,8 +132,8 @@ def stop_in_step(order: dict[str, Any], kill: str, at: int | str) -> None:
     backward = TrainStep._backward
     stop._LOOK_EVERY = 0.01  # else the file may be seen a second later, which is some steps
 
-    def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
-        values = backward(self, pixels, step, *more)
+    def stopped(self: TrainStep, batch: Any, step: int, *more: int) -> Any:
+        values = backward(self, batch, step, *more)
         if at not in (step, "once"):
             pass
         elif kill == "step":
@@ -183,11 +183,11 @@ def kill_while_writing_behind(at: int) -> None:
             threading.Event().wait()
         sync(descriptor)
 
-    def stopped(self: TrainStep, pixels: Any, step: int, *more: int) -> Any:
+    def stopped(self: TrainStep, batch: Any, step: int, *more: int) -> Any:
         if step == at:
             assert half_written.wait(100)
             end()
-        return backward(self, pixels, step, *more)
+        return backward(self, batch, step, *more)
 
     checkpoint._sync = held
     TrainStep._backward = stopped  # type: ignore[method-assign]

@@ -219,7 +219,7 @@ def test_accumulation_equals_the_whole_batch(monkeypatch: pytest.MonkeyPatch) ->
     for parts in (1, 2, 4):
         ours = stepper(TrainSection(batch_size=4, accumulation=parts, cpu_threads=1, clip=0.0))
         for i, part in enumerate(x.chunk(parts)):
-            ours._backward(part, 0, i, parts)
+            ours._backward({"x": part}, 0, i, parts)
         gradients.append([p.grad.clone() for p in ours.main_parameters])
     for some in gradients[1:]:
         for a, b in zip(gradients[0], some, strict=True):
@@ -243,7 +243,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         ours = stepper(TrainSection(batch_size=2, cpu_threads=1, gradient_checkpointing=enabled))
         blocks = [m for m in ours.bare.modules() if hasattr(m, "gradient_checkpointing")]
         assert blocks and all(m.gradient_checkpointing is enabled for m in blocks)
-        ours._backward(pixels(2), 0, 0, 1)
+        ours._backward({"x": pixels(2)}, 0, 0, 1)
         gradients.append([p.grad.clone() for p in ours.main_parameters])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 

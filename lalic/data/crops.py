@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lalic.data.images import ImageError
-from lalic.data.order import Crop, random_crop, random_crops, replacement_word
+from lalic.data.order import Crop, random_crop, random_crops, random_rungs, replacement_word
 from lalic.data.reader import Reader
 from lalic.data.regions import CropDecoder, Decoder
 from lalic.data.slots import Slots
@@ -49,9 +50,11 @@ class ShardCrops(Dataset[Any]):
         first_epoch: int,
         flip: bool,
         decoder: Decoder = "auto",
+        rungs: Sequence[int] | None = None,
     ) -> None:
         self.reader, self.index, self.eligible = reader, reader.index, eligible
         self.crop, self.seed, self.first_epoch, self.flip = crop, seed, first_epoch, flip
+        self.rungs = None if rungs is None else np.array(rungs, np.int64)
         self._decoder = CropDecoder(decoder)
         self.slots: Slots | None = None
         """Where worker processes leave the pixels; "x" is then the number of the batch."""
@@ -73,18 +76,31 @@ class ShardCrops(Dataset[Any]):
         except LalicError as error:
             return Failure(str(error))
         x = pixels.permute(0, 3, 1, 2) if self.slots is None else number
-        return {"x": x, "bad": replaced, "positions": positions, "bad_samples": bad}
+        batch = {"x": x, "bad": replaced, "positions": positions, "bad_samples": bad}
+        return batch if self.rungs is None else {**batch, "quality": self._qualities(positions, self.rungs)}
 
     def _places(self, positions: np.ndarray, samples: np.ndarray) -> list[Crop]:
         """The crops at consecutive positions."""
         crops: list[Crop] = []
-        while len(crops) < len(positions):
-            done = len(crops)
-            epoch, index = divmod(int(positions[done]), len(self.eligible))
-            part = samples[done : done + len(self.eligible) - index]
+        for epoch, index, count in self._epochs(positions):
+            part = samples[len(crops) : len(crops) + count]
             sizes = self.index.width[part].tolist(), self.index.height[part].tolist()
-            crops += random_crops(self.seed, self.first_epoch + epoch, index, *sizes, self.crop)
+            crops += random_crops(self.seed, epoch, index, *sizes, self.crop)
         return crops
+
+    def _qualities(self, positions: np.ndarray, rungs: np.ndarray) -> np.ndarray:
+        """The rungs drawn at consecutive positions, one each."""
+        parts = [random_rungs(self.seed, *part, len(rungs)) for part in self._epochs(positions)]
+        return rungs[np.concatenate(parts)]
+
+    def _epochs(self, positions: np.ndarray) -> Iterator[tuple[int, int, int]]:
+        """Consecutive positions as (epoch, index of the first one in it, how many lie in it)."""
+        done = 0
+        while done < len(positions):
+            epoch, index = divmod(int(positions[done]), len(self.eligible))
+            count = min(len(positions) - done, len(self.eligible) - index)
+            yield self.first_epoch + epoch, index, count
+            done += count
 
     def _fill(self, out: torch.Tensor, position: int, sample: int, crop: Crop) -> list[tuple[int, str]]:
         """Write the crop at `position` to `out` (crop, crop, 3); returns the bad samples met on the way."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -56,6 +56,7 @@ def build_loader(
     flip: bool = False,
     max_bad: float = 0.01,
     decoder: Decoder = "auto",
+    rungs: Sequence[int] | None = None,
     pin_memory: bool = False,
 ) -> CropLoader:
     """A torch DataLoader over the micro-batches of steps start_step .. start_step + num_steps - 1 of one
@@ -75,11 +76,13 @@ def build_loader(
         max_bad: largest share of replaced samples, counted over this loader's life and at least 1000 samples.
         decoder: "auto" decodes only the needed region of a JPEG where that can be done, "pillow" decodes whole images;
         the pixels are the same.
+        rungs: qualities, of which every position draws one; None draws none. The crops are the same.
         pin_memory: put the batches in page-locked memory.
 
     Returns:
         A loader that yields `num_steps * accumulation` dicts: "x", uint8 (m, 3, crop, crop) RGB, channels last
-        in memory; "bad", how many of them replace a bad sample; "positions", int64 (m,).
+        in memory; "bad", how many of them replace a bad sample; "positions", int64 (m,); with `rungs` "quality",
+        int64 (m,).
 
     Raises:
         LalicError: settings that do not fit each other, no image as large as the crop, a shard that is
@@ -109,8 +112,10 @@ def build_loader(
     )
     if rank == 0:
         log_decoder(decoder)
-    crops = ShardCrops(reader, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder)
-    return CropLoader(crops, batches, reader=reader, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
+    made = ShardCrops(
+        reader, eligible, crop=crop, seed=seed, first_epoch=first_epoch, flip=flip, decoder=decoder, rungs=rungs
+    )
+    return CropLoader(made, batches, reader=reader, max_bad=max_bad, workers=workers, pin_memory=pin_memory)
 
 
 def eligible_samples(index: ShardIndex, crop: int, *, log: bool = False) -> np.ndarray:
@@ -212,6 +217,9 @@ class CropLoader(DataLoader[Any]):
                     raise LalicError(batch.message)
                 self._count(len(batch["positions"]), batch["bad"], batch.pop("bad_samples"))
                 batch["positions"] = torch.from_numpy(batch["positions"])
+                if "quality" in batch:
+                    quality = torch.from_numpy(batch["quality"])
+                    batch["quality"] = quality.pin_memory() if self._pin else quality
                 if slots is not None:
                     x = slots[batch["x"]].permute(0, 3, 1, 2)
                     batch["x"] = x.pin_memory() if self._pin else x.clone()

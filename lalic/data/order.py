@@ -107,6 +107,16 @@ def random_crops(seed: int, epoch: int, index: int, widths: list[int], heights: 
     ]
 
 
+def random_rungs(seed: int, epoch: int, index: int, count: int, rungs: int) -> np.ndarray:
+    """(count,) int64 numbers 0..rungs-1, uniform, for index, index + 1, ... of `epoch`.
+
+    From the word that crops leave over, whatever replaces a bad sample: so a position has one rung, and the crops of a
+    run do not depend on whether it draws rungs.
+    """
+    words = _words(seed, _CROPS, epoch, 4 * index, 4 * count)[3::4].tolist()
+    return np.array([(word * rungs) >> 64 for word in words], np.int64)
+
+
 def replacement_word(seed: int, epoch: int, index: int, attempt: int) -> int:
     """64 random bits that choose the `attempt`-th (from 1) replacement of a bad sample."""
     generator = np.random.Philox(key=_key(seed, _CROPS, epoch), counter=(attempt << 64) + index)

@@ -201,9 +201,7 @@ class LALIC(SimpleVAECompressionModel):
         }
 
     @torch.no_grad()
-    def decompress(
-        self, strings: list[list[bytes]], shape: Any, quality: Quality | None = None
-    ) -> dict[str, Tensor]:
+    def decompress(self, strings: list[list[bytes]], shape: Any, quality: Quality | None = None) -> dict[str, Tensor]:
         """Inverse of `compress`: {"x_hat": (B, 3, H, W) in [0, 1]}."""
         *y_strings, z_strings = strings
         batch = len(z_strings)

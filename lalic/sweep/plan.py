@@ -17,6 +17,7 @@ from lalic.errors import LalicError
 from lalic.ladder import LADDERS
 from lalic.training import checkpoint
 from lalic.training.run_folder import CONFIG, DONE, check_same_run
+from lalic.training.typed_yaml import load_yaml
 
 WarmStart = Literal["highest", "previous"]
 
@@ -96,6 +97,10 @@ def read_ladder(
     prefix, settings = _prefix(config, settings, runs)
     # The same for every rung, and where the ladder is taken from.
     metric = read_config(config, [*settings, "loss.quality=1"]).loss.metric
+
+    in_file = (load_yaml(config).get("loss") or {}).get("quality")
+    if isinstance(in_file, list):
+        raise LalicError(f"{config}: loss.quality {in_file} is one run for a range of rates: train it with lalic.train")
 
     def rung(quality: int, parent: Rung | None = None) -> Rung:
         own = tuple(settings)

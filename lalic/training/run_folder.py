@@ -113,7 +113,11 @@ def check_same_run(old: RunConfig, new: RunConfig, meta: dict[str, object]) -> N
     """
     changed = [(key, a, b) for key, a, b in differences(old, new) if key != "stages"]
     changed = [c for c in changed if c[0] not in ("loss.quality", "loss.lambda")]
-    if old.loss.multiplier != new.loss.multiplier:
+    if old.loss.rungs or new.loss.rungs:
+        if (old.loss.rungs, old.loss.lambdas) != (new.loss.rungs, new.loss.lambdas):
+            before, now = (as_mapping(loss.quality) or f"lambda {loss.lmbda:g}" for loss in (old.loss, new.loss))
+            changed.append(("loss.quality", before, now))
+    elif old.loss.multiplier != new.loss.multiplier:
         changed.append(("loss.lambda", old.loss.multiplier, new.loss.multiplier))
     begun = meta.get("stage")
     assert isinstance(begun, int)

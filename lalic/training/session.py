@@ -70,7 +70,9 @@ class Session:
             self._restore(**inputs.saved)
             logger.info("resumed from %s: step %d of %d", resume_from, self.step, self.schedule.total_steps)
         else:
-            logger.info("new run: %d images, %d steps", len(self.index), self.schedule.total_steps)
+            rungs = config.loss.rungs
+            rates = f", one model for q{rungs[0]} to q{rungs[-1]}" if rungs else ""
+            logger.info("new run: %d images, %d steps%s", len(self.index), self.schedule.total_steps, rates)
             if accelerator.is_main_process:
                 events.record("started", 0, total_steps=self.schedule.total_steps, **inputs.origin, **job())
         self.tracker.open(self.step)
@@ -126,6 +128,7 @@ class Session:
                 flip=data.flip,
                 max_bad=data.max_bad,
                 decoder=data.decoder,
+                rungs=self.config.loss.rungs,
                 pin_memory=self.accelerator.device.type == "cuda",
             ),
         )
@@ -287,7 +290,7 @@ class Session:
             "samples": stage.samples,
             "first_epoch": stage.first_epoch,
             "model": self.model.config,
-            "loss": {"metric": self.config.loss.metric, "lambda": self.config.loss.multiplier},
+            "loss": self.config.loss.facts(),
             "ema": {"decay": average.decay, "updates": average.updates} if average else None,
             "best": self.best,
             "metrics": self.metrics,

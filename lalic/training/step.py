@@ -25,7 +25,7 @@ from lalic.training.compiling import BlockCompiler, compile_errors
 from lalic.training.distributed import check_equal, seed_from
 from lalic.training.ema import Average
 from lalic.training.engine import build_engine
-from lalic.training.loss import rate_distortion
+from lalic.training.loss import RungLoss, rate_distortion
 from lalic.training.verdicts import Verdicts
 
 
@@ -34,10 +34,13 @@ class StepResult:
     """What a step leaves behind, still on the device."""
 
     values: dict[str, Tensor]
-    """Scalars of this rank: those of `rate_distortion`, "aux" and "gradient_norm"."""
+    """Scalars of this rank: those of the loss, "aux" and "gradient_norm"."""
 
     left_out: Tensor
     """1 when the step was not applied, because some rank's was not finite, else 0; on the device as well."""
+
+    rungs: Tensor | None = None
+    """On a range of rates: "rungs" of `RungLoss`, summed over the micro-batches of this rank."""
 
 
 class TrainStep:
@@ -60,7 +63,8 @@ class TrainStep:
         lag: int | None = None,
     ):
         self.accelerator, self.train, self.seed = accelerator, train, seed
-        self.metric, self.lmbda = loss.metric, loss.multiplier
+        self.loss = loss
+        self.rung_loss = RungLoss(loss, accelerator.device) if loss.rungs else None
         self.bare = model.to(accelerator.device).train()
         model.set_gradient_checkpointing(train.gradient_checkpointing)
         model.set_compute_dtype(torch.bfloat16 if train.precision == "bf16" else None)
@@ -79,10 +83,12 @@ class TrainStep:
         """Step number `step` (from 0) on this rank's micro-batches.
 
         Args:
-            micro_batches: `train.accumulation` items with "x", uint8 (m, 3, H, W).
+            micro_batches: `train.accumulation` items with "x", uint8 (m, 3, H, W), and on a range of rates "quality",
+                int64 (m,), the samples' rungs.
         """
         with compile_errors() if self.compiler else nullcontext():
-            terms = [self._backward(batch["x"], step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
+            terms = [self._backward(batch, step, i, len(micro_batches)) for i, batch in enumerate(micro_batches)]
+        rungs = torch.stack([t.pop("rungs") for t in terms]).sum(dim=0) if self.rung_loss else None
         values = {name: torch.stack([t[name] for t in terms]).mean() for name in terms[0]}
         values["gradient_norm"] = self.engine.clip()
         left_out = self.verdicts.give(step, values)
@@ -93,23 +99,27 @@ class TrainStep:
         if self.average is not None:
             self.average.update(left_out)
         self.verdicts.read()
-        return StepResult(values, left_out)
+        return StepResult(values, left_out, rungs)
 
     @property
     def compiled_graphs(self) -> int | None:
         """Graphs that were compiled in this process; None without train.compile."""
         return self.compiler.graphs if self.compiler else None
 
-    def _backward(self, pixels: Tensor, step: int, index: int, count: int) -> dict[str, Tensor]:
+    def _backward(self, batch: Mapping[str, Any], step: int, index: int, count: int) -> dict[str, Tensor]:
         """Gradients of one micro-batch, added up; ranks exchange them at the last one."""
         accelerator = self.accelerator
         # Bytes go over the bus; layout and type change in one pass, to what the model works in.
-        x = pixels.to(accelerator.device, non_blocking=True)
+        x = batch["x"].to(accelerator.device, non_blocking=True)
         x = x.to(torch.float32, memory_format=torch.channels_last).div_(255)
         # Its place in the global batch seeds a micro-batch's noise: the same on any number of ranks.
         torch.manual_seed(seed_from(self.seed, step, index * accelerator.num_processes + accelerator.process_index))
         with self.engine.micro_batch(last=index == count - 1) as model:
-            terms = rate_distortion(model(x), x, self.metric, self.lmbda)
+            if self.rung_loss is None:
+                terms = rate_distortion(model(x), x, self.loss.metric, self.loss.multiplier)
+            else:
+                quality = batch["quality"].to(accelerator.device, non_blocking=True)
+                terms = self.rung_loss(model(x, quality), x, quality)
             self.engine.backward(terms["loss"] / count)
         return {name: value.detach() for name, value in terms.items()}
 

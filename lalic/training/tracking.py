@@ -18,6 +18,7 @@ from lalic.config import RunConfig
 from lalic.durations import duration
 from lalic.memory import PeakMemory, peak_resident_bytes
 from lalic.training.distributed import rows_of_ranks
+from lalic.training.loss import rung_values
 from lalic.training.run_folder import LOG, TENSORBOARD
 from lalic.training.schedule import Schedule, Stage
 from lalic.training.step import StepResult
@@ -35,6 +36,8 @@ class Tracker:
     def __init__(self, accelerator: Accelerator, config: RunConfig, schedule: Schedule):
         self.accelerator, self.schedule = accelerator, schedule
         self.batch_size = config.train.batch_size
+        self.rungs = config.loss.rungs or ()
+        self._rung_values = rung_values(config.loss.metric)
         self._complained = False
         self._memory = PeakMemory(accelerator.device)
         self._folder = config.folder
@@ -56,6 +59,9 @@ class Tracker:
     def _reset(self) -> None:
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._rungs = torch.zeros(
+            len(self.rungs), len(self._rung_values) + 1, dtype=torch.float64, device=self.accelerator.device
+        )
         self._steps = self._bad = 0
         self._busy = self._waited = 0.0
         self._saving = 0.0
@@ -65,6 +71,7 @@ class Tracker:
         return {
             "names": list(self._names),
             "sums": None if self._sums is None else self._sums.cpu(),
+            **({"rungs": self._rungs.cpu()} if self.rungs else {}),
             "steps": self._steps,
             "bad": self._bad,
             "busy": self._busy,
@@ -79,6 +86,8 @@ class Tracker:
             sums = state["sums"].to(self.accelerator.device)
             self._names = list(state["names"])
             self._sums = sums if self._sums is None else self._sums + sums
+            if self.rungs:
+                self._rungs = self._rungs + state["rungs"].to(self._rungs.device)
             self._steps, self._bad = state["steps"], self._bad + state["bad"]
             self._busy, self._waited = state["busy"], state["waited"]
 
@@ -91,6 +100,8 @@ class Tracker:
         values = torch.stack([*result.values.values(), torch.ones_like(result.left_out)]).detach().double()
         values = torch.where(result.left_out.bool(), 0.0, values)
         self._sums = values if self._sums is None else self._sums + values
+        if result.rungs is not None:
+            self._rungs = self._rungs + torch.where(result.left_out.bool(), 0.0, result.rungs.double())
         self._steps += 1
         self._bad += sum(batch["bad"] for batch in micro_batches)
         self._busy += seconds
@@ -111,9 +122,10 @@ class Tracker:
         if self._sums is None:
             return
         own = (self._bad, self._waited / self._busy, self._memory.bytes(), peak_resident_bytes())
-        row = torch.cat((self._sums, self._sums.new_tensor(own)))
+        row = torch.cat((self._rungs.flatten(), self._sums, self._sums.new_tensor(own)))
         rows = rows_of_ranks(self.accelerator, row).cpu()
-        *totals, count, bad, _, _, _ = rows.sum(dim=0).tolist()
+        of_rungs, others = rows.sum(dim=0).split((self._rungs.numel(), len(row) - self._rungs.numel()))
+        *totals, count, bad, _, _, _ = others.tolist()
         share, device, host = rows[:, -3:].unbind(dim=1)
         # Without one step that was applied there is no mean: null in the JSON.
         values = {n: t / count if count else math.nan for n, t in zip(self._names, totals, strict=True)}
@@ -136,16 +148,27 @@ class Tracker:
         }
         if compiled_graphs is not None:
             extra["compiled_graphs"] = compiled_graphs
+        if self.rungs:
+            extra["rungs"] = self._means_of_rungs(of_rungs.view(self._rungs.shape))
         self._reset()
         if not self.accelerator.is_main_process:
             return
         logger.info("%s", self._line(step, stage, values, extra))
         self._write("train", step, {"stage": stage.number, **values, **extra})
 
+    def _means_of_rungs(self, sums: Tensor) -> dict[str, dict[str, Any]]:
+        """{"1": {"loss", "bpp", "psnr", ..., "samples"}, ...}: means over the samples of a rung, None without any."""
+        means = {}
+        for rung, (*totals, samples) in zip(self.rungs, sums.tolist(), strict=True):
+            found = [total / samples if samples else None for total in totals]
+            means[str(rung)] = {**dict(zip(self._rung_values, found, strict=True)), "samples": round(samples)}
+        return means
+
     def _line(self, step: int, stage: Stage, values: Mapping[str, float], extra: Mapping[str, Any]) -> str:
         total, stages = self.schedule.total_steps, len(self.schedule.stages)
         left = (time.monotonic() - self._started) / (step - self._first_step) * (total - step)
         quality = f"ms-ssim {values['ms_ssim']:.4f} " if "ms_ssim" in values else ""
+        quality += f"{_rungs_shown(extra['rungs'])} " if self.rungs else ""
         return (
             f"step {step}/{total} ({100 * step / total:.1f} %) stage {stage.number}/{stages} "
             f"loss {values['loss']:.4f} bpp {values['bpp']:.4f} psnr {values['psnr']:.2f} {quality}"
@@ -162,6 +185,7 @@ class Tracker:
         """Write what a validation found. `pictures`: (name, (3, H, W) in [0, 1]). First rank only."""
         shown = " ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
         best = " (best so far)" if is_best else ""
+        shown += f" {_rungs_shown(metrics['rungs'])}" if self.rungs else ""
         logger.info("validation at step %d: %s on %d images%s", step, shown, metrics["images"], best)
         self._write("validation", step, dict(metrics))
         for name, picture in pictures:
@@ -169,13 +193,15 @@ class Tracker:
         self._guard(self._board.flush)
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        record = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+        record = _without_nonfinite({"kind": kind, "step": step, "time": round(time.time(), 3), **values})
+        scalars = {name: value for name, value in values.items() if name != "rungs"}
+        for rung, found in values.get("rungs", {}).items():
+            scalars |= {f"q{rung}/{name}": value for name, value in found.items()}
 
         def write() -> None:
             with open(self._log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-            for name, value in values.items():
+            for name, value in scalars.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
@@ -193,6 +219,25 @@ class Tracker:
         """Write out what TensorBoard holds back."""
         if self._board is not None:
             self._guard(self._board.close)
+
+
+def _rungs_shown(rungs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Bits per pixel and PSNR of every rung: "q1 0.213/27.1 q2 -" where no sample of q2 was drawn."""
+    return " ".join(
+        f"q{rung} {v['bpp']:.3f}/{v['psnr']:.1f}" if v["bpp"] is not None else f"q{rung} -" for rung, v in rungs.items()
+    )
+
+
+def _without_nonfinite(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with None for numbers that JSON does not have."""
+    return {
+        k: _without_nonfinite(v)
+        if isinstance(v, dict)
+        else None
+        if isinstance(v, float) and not math.isfinite(v)
+        else v
+        for k, v in record.items()
+    }
 
 
 def keep_until(log: Path, step: int) -> None:

@@ -233,19 +233,17 @@ def _drop_excluded(cls: type, document: dict[str, Any], key: str, given: list[st
 
 
 def _value(hint: Any, value: Any, path: str, root: type) -> Any:
-    """`value` checked against a type hint: scalars, Literal, X | None, tuple[X, ...], dataclasses."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    optional = origin in (types.UnionType, typing.Union) and type(None) in arguments
-    if optional:
-        (hint,) = [a for a in arguments if a is not type(None)]
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    """`value` checked against a type hint: scalars, Literal, tuple[X, ...], dataclasses, or several of these and None,
+    of which one is a tuple: a list is meant for that one."""
+    optional, choices = _choices(hint)
     if isinstance(value, _Text):
-        wants_text = hint is str or (origin is typing.Literal and all(isinstance(a, str) for a in arguments))
         empty = value.strip() in ("", "null", "~")
-        value = str(value) if wants_text and not empty else _parse(value, path)
+        value = str(value) if any(map(_wants_text, choices)) and not empty else _parse(value, path)
     if value is None and optional:
         return None
-    allowed = _allowed(hint, optional)
+    allowed = _allowed(hint)
+    hint = next((c for c in choices if (typing.get_origin(c) is tuple) == isinstance(value, list)), choices[0])
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, path, root)
     if origin is tuple:
@@ -269,16 +267,33 @@ def _value(hint: Any, value: Any, path: str, root: type) -> Any:
     return value
 
 
-def _allowed(hint: Any, optional: bool) -> str:
+def _choices(hint: Any) -> tuple[bool, list[Any]]:
+    """Whether null is allowed, and the types that a field's hint allows besides."""
+    if typing.get_origin(hint) not in (types.UnionType, typing.Union):
+        return False, [hint]
+    arguments = typing.get_args(hint)
+    return type(None) in arguments, [a for a in arguments if a is not type(None)]
+
+
+def _wants_text(hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    return hint is str or (typing.get_origin(hint) is typing.Literal and all(isinstance(a, str) for a in arguments))
+
+
+def _allowed(hint: Any) -> str:
+    """The values of a type hint, in words."""
+    optional, choices = _choices(hint)
+    return " or ".join([*map(_allowed_of_one, choices), *(["null"] if optional else [])])
+
+
+def _allowed_of_one(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple:
         _, is_list = _section(hint)
-        text = "a list" if is_list else f"a list of {_PLURAL[arguments[0]]}"
-    elif origin is typing.Literal:
-        text = " or ".join(repr(a) if not isinstance(a, str) else a for a in arguments)
-    else:
-        text = _SINGULAR.get(hint, "a mapping of settings")
-    return text + (" or null" if optional else "")
+        return "a list" if is_list else f"a list of {_PLURAL[arguments[0]]}"
+    if origin is typing.Literal:
+        return " or ".join(repr(a) if not isinstance(a, str) else a for a in arguments)
+    return _SINGULAR.get(hint, "a mapping of settings")
 
 
 _SINGULAR = {

@@ -3,6 +3,9 @@
 Whole images, or centre crops of `val_crop`, are padded to multiples of 64 by repeating their edge and the
 reconstruction is cut back; rates count the pixels of the image itself. Quantisation is by rounding, as in coding.
 PSNR is that of the clamped, unrounded reconstruction (lalic.eval also rounds to 8 bits).
+
+On a range of rates every image is measured at every rung. What is told is the mean over the rungs, of the losses that
+of the weighed ones, and each rung by itself.
 """
 
 from __future__ import annotations
@@ -47,27 +50,35 @@ def validate(
 ) -> tuple[dict[str, Any], Pictures]:
     """Means over the images, and original beside reconstruction of the first `pictures` ones (on rank 0).
 
-    Returns {"loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "ms_ssim" (of images above 160 pixels), "images"}.
-    All ranks call it and get the same numbers. Always in float32: bfloat16 is for training alone.
+    Returns {"loss", "bpp", "bpp_y", "bpp_z", "mse", "psnr", "ms_ssim" (of images above 160 pixels), "images"}; on a
+    range of rates also "rungs", {"1": the same names without "images", ...}, whose losses are not weighed. Pictures are
+    those of its middle rung. All ranks call it and get the same numbers. Always in float32: bfloat16 is for training
+    alone.
     """
     training, compute_dtype = model.training, model.g_a.compute_dtype
     model.eval()
     model.set_compute_dtype(None)
     _apply_masks(model)
-    table = torch.zeros(len(images), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
+    rungs: tuple[int | None, ...] = loss.rungs or (None,)
+    middle = rungs[len(rungs) // 2]
+    prefix = "" if middle is None else f"q{middle}/"
+    table = torch.zeros(len(images), len(rungs), len(_METRICS) + 1, dtype=torch.float64, device=accelerator.device)
     shown: Pictures = []
 
     def measure_own() -> None:
         for i, path in enumerate(images):
+            own = i % accelerator.num_processes == accelerator.process_index
             wanted = i < pictures and accelerator.is_main_process
-            if i % accelerator.num_processes != accelerator.process_index and not wanted:
-                continue
-            moved()
-            row, picture = _measure(model, _read(path, crop), loss, accelerator.device, path)
-            if i % accelerator.num_processes == accelerator.process_index:
-                table[i] = row
-            if wanted:
-                shown.append((path.name, picture))
+            image = _read(path, crop) if own or wanted else None
+            for j, rung in enumerate(rungs):
+                if image is None or not (own or rung == middle):
+                    continue
+                moved()
+                row, picture = _measure(model, image, loss.metric, loss.lambdas[j], rung, accelerator.device, path)
+                if own:
+                    table[i, j] = row
+                if wanted and rung == middle:
+                    shown.append((prefix + path.name, picture))
 
     try:
         # An image that has gone ends all ranks alike, not one of them alone.
@@ -76,11 +87,24 @@ def validate(
         model.train(training)
         model.set_compute_dtype(compute_dtype)
     # Each row comes from one rank, and rows are added in order: the sum does not depend on the ranks.
-    sums = sum_over_ranks(accelerator, table).cpu().sum(dim=0).tolist()
-    with_ms_ssim = sums.pop()
-    metrics: dict[str, Any] = {name: total / len(images) for name, total in zip(_METRICS, sums, strict=True)}
-    metrics["ms_ssim"] = sums[-1] / with_ms_ssim if with_ms_ssim else None
-    return {**metrics, "images": len(images)}, shown
+    each = [_means(sums, len(images)) for sums in sum_over_ranks(accelerator, table).cpu().sum(dim=0).tolist()]
+    if loss.rungs is None:
+        return {**each[0], "images": len(images)}, shown
+    metrics: dict[str, Any] = {name: _mean([found[name] for found in each]) for name in _METRICS}
+    metrics["loss"] = _mean([weight * found["loss"] for weight, found in zip(loss.weights, each, strict=True)])
+    return {**metrics, "images": len(images), "rungs": dict(zip(map(str, loss.rungs), each, strict=True))}, shown
+
+
+def _means(sums: list[float], images: int) -> dict[str, Any]:
+    """Of the sums of a table's rows; MS-SSIM over the images that were large enough for it."""
+    *totals, with_ms_ssim = sums
+    means: dict[str, Any] = {name: total / images for name, total in zip(_METRICS, totals, strict=True)}
+    means["ms_ssim"] = totals[-1] / with_ms_ssim if with_ms_ssim else None
+    return means
+
+
+def _mean(values: list[Any]) -> float | None:
+    return None if None in values else sum(values) / len(values)
 
 
 def _apply_masks(model: LALIC) -> None:
@@ -94,24 +118,32 @@ def _apply_masks(model: LALIC) -> None:
             module.weight.data = module.weight.data * module.mask
 
 
-def _measure(model: LALIC, image: Tensor, loss: LossSection, device: torch.device, path: Path) -> tuple[Tensor, Tensor]:
-    """A row of the table for one image (3, H, W), and original and reconstruction side by side."""
+def _measure(
+    model: LALIC,
+    image: Tensor,
+    metric: str,
+    lmbda: float,
+    quality: int | None,
+    device: torch.device,
+    path: Path,
+) -> tuple[Tensor, Tensor]:
+    """A row of the table for one image (3, H, W) at one rate, and original and reconstruction side by side."""
     x = image[None].to(device)
     height, width = x.shape[-2:]
-    output = model(pad(x))
+    output = model(pad(x), quality)
     x_hat = cut(output["x_hat"].float(), height, width).clamp(0, 1)
     bits = {name: -torch.log2(p.double()).sum() for name, p in output["likelihoods"].items()}
     bpp_y, bpp_z = (bits[name] / (height * width) for name in ("y", "z"))
     mse = (x_hat.double() - x.double()).square().mean()
     large = min(height, width) >= MS_SSIM_MIN_SIDE
     similarity = ms_ssim(x_hat, x, data_range=1.0).double() if large else torch.zeros_like(mse)
-    if loss.metric == "mse":
+    if metric == "mse":
         distortion = 255**2 * mse
     elif large:
         distortion = 1 - similarity
     else:
         raise LalicError(f"{path}: a side has 160 pixels or less, too few for MS-SSIM: take it out of data.val")
-    total = loss.multiplier * distortion + bpp_y + bpp_z
+    total = lmbda * distortion + bpp_y + bpp_z
     psnr = -10 / math.log(10) * mse.clamp(min=1e-12).log()
     row = [total, bpp_y + bpp_z, bpp_y, bpp_z, mse, psnr, similarity, torch.full_like(mse, large)]
     return torch.stack(row), torch.cat((x[0], x_hat[0]), dim=-1).cpu()
