@@ -4,9 +4,9 @@
 
 One rate (q4), new weights, float32, a constant learning rate after a short warm-up, averaged weights (short_runs.py).
 Every learning rate is trained with every seed; a seed sets weights, order, crops and noise, the same for both
-optimisers. `--staged` is the plan for small machines: all rates of Adam for a third of the steps with the first seed,
-the best two of them to the end, the best one with the other seeds; all rates of Muon for a sixth of Adam's steps, the
-best one with every seed.
+optimisers. `--staged` is the plan for small machines, successive halving with the first seed: Adam's rates for a
+sixth of its steps, the better half of them for a third, the best one to the end and with the other seeds; Muon's rates
+for a twelfth and a sixth of Adam's steps, likewise.
 
 The question: after which part of Adam's time has Muon the loss that Adam has at its end, seed by seed? Time is told
 in two ways: processor seconds of the runs, each on one thread, and wall-clock time on two cores, which is steps times
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.machine import describe  # noqa: E402 -- found from the checkout
-from benchmarks.short_runs import Recipe, Setup, add_arguments, new_model, setup_of, train  # noqa: E402
+from benchmarks.short_runs import Recipe, Setup, add_arguments, setup_of, train  # noqa: E402
 from lalic.errors import LalicError, run_main  # noqa: E402
 from lalic.files import write_json  # noqa: E402
 
@@ -61,16 +61,24 @@ def run_all(setup: Setup, arguments: argparse.Namespace, optimizer: str) -> dict
             for seed in seeds:
                 run(rate, seed, steps)
         return found
-    first = arguments.adam_steps // 3 if optimizer == "adam" else arguments.adam_steps // 6
-    for rate in rates:
-        run(rate, seeds[0], min(first, steps))
-    ranked = sorted(rates, key=lambda rate: loss_of(found[rate][seeds[0]], quality))
-    for rate in ranked[: 2 if optimizer == "adam" else 1]:
-        run(rate, seeds[0], steps)
+    going = list(rates)
+    for until in screening(optimizer, arguments):
+        for rate in going:
+            run(rate, seeds[0], until)
+        going.sort(key=lambda rate: loss_of(found[rate][seeds[0]], quality))
+        going = going[: -(-len(going) // 2)]
+    run(going[0], seeds[0], steps)
     rate = best_rate(found, quality)
     for seed in seeds[1:]:
         run(rate, seed, steps)
     return found
+
+
+def screening(optimizer: str, arguments: argparse.Namespace) -> list[int]:
+    """Steps at which the worse half of the learning rates is left behind."""
+    first = arguments.adam_steps // (6 if optimizer == "adam" else 12)
+    halvings = max(1, (len(getattr(arguments, f"{optimizer}_rates")) - 1).bit_length())
+    return [min(first * 2**i, getattr(arguments, f"{optimizer}_steps")) for i in range(halvings)]
 
 
 def best_rate(runs: Mapping[float, Mapping[int, Points]], quality: int) -> float:
@@ -116,7 +124,9 @@ def compare(runs: Runs, speed: Mapping[str, Any], quality: int) -> dict[str, Any
     return {"rates": rates, "seeds": seeds, "median": {n: v if v < float("inf") else None for n, v in medians.items()}}
 
 
-def measure_speed(setup: Setup, recipes: Mapping[str, Recipe], threads: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure_speed(
+    setup: Setup, recipes: Mapping[str, Recipe], threads: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Milliseconds of a step of every optimiser, which take turns in a process of their own: medians of the turns."""
     return _apart(_speed, replace(setup, threads=threads), dict(recipes), rounds)
 
@@ -137,6 +147,7 @@ def _stepper(setup: Setup, recipe: Recipe) -> Any:
     import torch
 
     from benchmarks.stepping import make_images, start
+    from lalic.training.inputs import new_model
     from lalic.training.step import TrainStep
 
     config = setup.run_config(recipe)

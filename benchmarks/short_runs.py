@@ -8,8 +8,8 @@ short warm-up, so that the point at 750 steps of a run of 3,000 is the end of on
 measured on the held-out photographs. The clock is the processor time of the process (data and step; not the
 measuring): what else the machine does hardly changes it.
 
-`WORK/NAME.pt` holds a run's state at its last point, `WORK/NAME.json` its points for readers. A run that is asked for again goes
-on from there, with the bits of one that was never interrupted.
+`WORK/NAME.pt` holds a run's state at its last point, `WORK/NAME.json` its points for readers. A run that is asked for
+again goes on from there, with the bits of one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,12 +142,17 @@ class Run:
             batch_size=self.setup.batch,
             workers=0,
             flip=True,
+            rungs=self.setup.run_config(self.recipe).loss.rungs,
         )
         batches = iter(loader)
         while self.step < steps:
-            self.points.append(self._segment(stepper, batches, min(steps, self.step + self.setup.every)))
+            self.points.append(self._segment(stepper, batches, self._next_point(steps)))
             self._save(stepper)
             print(f"{self.recipe.name:28} {told(self.points[-1])}", flush=True)
+
+    def _next_point(self, steps: int) -> int:
+        """Points lie on multiples of `setup.every`, wherever a run was stopped."""
+        return min(steps, (self.step // self.setup.every + 1) * self.setup.every)
 
     def _build(self) -> tuple[Any, Any]:
         """The step and the shards' index, as they were at the last point."""
@@ -158,6 +162,7 @@ class Run:
         from lalic.data.index import ShardIndex
         from lalic.training.distributed import seed_from
         from lalic.training.ema import SavedAverage
+        from lalic.training.inputs import new_model
         from lalic.training.step import TrainStep
 
         config = self.setup.run_config(self.recipe)
@@ -195,13 +200,14 @@ class Run:
         }
 
     def _measure(self, stepper: Any) -> dict[str, dict[str, float]]:
-        """{quality: {"loss", "bpp", "psnr"}} of the averaged weights, means over the held-out photographs."""
+        """{rung: {"loss", "bpp", "psnr"}} of the averaged weights, means over the held-out photographs."""
         from lalic.training.validate import validate
 
         loss = self.setup.run_config(self.recipe).loss
         crop = self.setup.val_crop
         metrics, _ = validate(stepper.accelerator, stepper.average.model, self.setup.heldout, loss, crop=crop)
-        return {str(self.recipe.quality): {name: metrics[name] for name in ("loss", "bpp", "psnr")}}
+        rungs = metrics.get("rungs", {str(self.recipe.quality): metrics})
+        return {rung: {name: row[name] for name in ("loss", "bpp", "psnr")} for rung, row in rungs.items()}
 
     def _save(self, stepper: Any) -> None:
         """State and points in one file, so that neither is ahead of the other; the points for readers as well."""
@@ -241,13 +247,6 @@ def train(setup: Setup, recipe: Recipe, steps: int) -> list[dict[str, Any]]:
     if run.step < steps:
         run.advance(steps)
     return [point for point in run.points if point["step"] <= steps]
-
-
-def new_model(config: RunConfig) -> Any:
-    """Fresh weights of the config's model."""
-    from lalic.model import LALIC
-
-    return LALIC(**config.model.arguments())
 
 
 def told(point: dict[str, Any]) -> str:
