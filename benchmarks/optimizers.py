@@ -10,7 +10,8 @@ for a twelfth and a sixth of Adam's steps, likewise.
 
 The question: after which part of Adam's time has Muon the loss that Adam has at its end, seed by seed? Time is told
 in two ways: processor seconds of the runs, each on one thread, and wall-clock time on two cores, which is steps times
-the milliseconds of a step as both optimisers take them in turns in one process of two threads. Ends with 1 when the
+the duration of a step as both optimisers take them in turns in one process of two threads (median of the turns'
+ratios). Ends with 1 when the
 median over the seeds is above `--limit` of the wall-clock time.
 """
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -112,7 +114,7 @@ def compare(runs: Runs, speed: Mapping[str, Any], quality: int) -> dict[str, Any
     """Muon's best learning rate against Adam's, seed by seed, and the medians over the seeds."""
     rates = {optimizer: best_rate(runs[optimizer], quality) for optimizer in OPTIMIZERS}
     adam, muon = (runs[optimizer][rates[optimizer]] for optimizer in OPTIMIZERS)
-    ratio = speed["muon"]["ms"] / speed["adam"]["ms"]
+    ratio = speed["muon"]["ratio"]
     seeds = {}
     for seed in adam:
         row = reach(adam[seed], muon[seed], quality)
@@ -127,17 +129,20 @@ def compare(runs: Runs, speed: Mapping[str, Any], quality: int) -> dict[str, Any
 def measure_speed(
     setup: Setup, recipes: Mapping[str, Recipe], threads: int, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step of every optimiser, which take turns in a process of their own: medians of the turns."""
+    """Of a step of every optimiser, which take turns in a process of their own: median and least milliseconds, and the
+    median of the turns' ratios to the first optimiser."""
     return _apart(_speed, replace(setup, threads=threads), dict(recipes), rounds)
 
 
 def measure_memory(setup: Setup, recipe: Recipe) -> dict[str, float]:
-    """Of a process that trains alone for five steps: peak of its resident memory, and bytes of the optimiser's state."""
+    """Of a process that trains alone for five steps: peak of its resident memory, size of the optimiser's state."""
     return _apart(_memory, setup, recipe)
 
 
 def _apart(function: Any, *arguments: Any) -> Any:
     """The function's result, computed in a fresh process."""
+    # Threads that spin while they wait for a core take it from the one they wait for.
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -171,9 +176,15 @@ def _speed(setup: Setup, recipes: Mapping[str, Recipe], rounds: int) -> dict[str
             started = time.perf_counter()
             step(number)
             times[name].append(time.perf_counter() - started)
-    # The first two steps allocate.
+    base, *_ = times
     return {
-        name: {"ms": 1e3 * statistics.median(row[2:]), "fastest_ms": 1e3 * min(row[2:])} for name, row in times.items()
+        name: {
+            # The first two turns allocate.
+            "ms": 1e3 * statistics.median(row[2:]),
+            "fastest_ms": 1e3 * min(row[2:]),
+            "ratio": statistics.median(a / b for a, b in zip(row[2:], times[base][2:], strict=True)),
+        }
+        for name, row in times.items()
     }
 
 
