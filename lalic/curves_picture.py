@@ -78,6 +78,7 @@ def _look(index: int) -> dict[str, Any]:
 def _panel(axes: Any, runs: Sequence[RunHistory], name: str, over: str) -> None:
     shown: list[float] = []
     labelled = next((run for run in runs if run.rungs), None)
+    labels: list[tuple[str, float, Any]] = []
     for i, run in enumerate(runs):
         if not run.rungs or name not in VALIDATED:
             shown += _curve(axes, run, name, over, _look(i))
@@ -89,13 +90,23 @@ def _panel(axes: Any, runs: Sequence[RunHistory], name: str, over: str) -> None:
             own = _curve(axes, run, f"q{rung}/{name}", over, {**_look(i), "color": shade, "linewidth": 1.0})
             shown += own
             if run is labelled and (ends := [v for v in own if math.isfinite(v)]):
-                axes.annotate(
-                    f"q{rung}", (1.004, ends[-1]), xycoords=("axes fraction", "data"),
-                    fontsize=6.5, color=shade, va="center", annotation_clip=False,
-                )  # fmt: skip
+                labels.append((f"q{rung}", ends[-1], shade))
     axes.set_ylabel(PANELS[name])
     _scale(axes, [v for v in shown if math.isfinite(v)], logarithmic=name == "loss")
+    _name_rungs(axes, labels, 7.5 / (72 * _HEIGHTS[name]))
     quiet_axes(axes)
+
+
+def _name_rungs(axes: Any, labels: Sequence[tuple[str, float, Any]], gap: float) -> None:
+    """Write (text, value, colour) at the right end of the lines, at least `gap` of the panel's height apart."""
+    to_panel = axes.transData + axes.transAxes.inverted()
+    wanted = sorted((float(to_panel.transform((0, value))[1]), text, colour) for text, value, colour in labels)
+    places: list[float] = []
+    for place, _, _ in wanted:
+        places.append(max(place, places[-1] + gap) if places else place)
+    back = mean([place - want for place, (want, _, _) in zip(places, wanted, strict=True)])
+    for place, (_, text, colour) in zip(places, wanted, strict=True):
+        axes.annotate(text, (1.004, place - back), xycoords="axes fraction", fontsize=6.5, color=colour, va="center")
 
 
 def _curve(axes: Any, run: RunHistory, name: str, over: str, look: dict[str, Any]) -> list[float]:
@@ -137,7 +148,8 @@ def _scale(axes: Any, values: Sequence[float], logarithmic: bool) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=12))
+        subs = (1, 1.5, 2, 3, 5, 7) if high < 100 * low else (1, 3)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         room = (high / low) ** 0.06

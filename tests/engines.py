@@ -44,11 +44,15 @@ def build(order: dict[str, Any]) -> Any:
     train = TrainSection(batch_size=4, cpu_threads=1, accumulation=accumulation, **order.get("train", {}))
     accelerator = start_processes(train)
     torch.manual_seed(0)
-    model = LALIC(**TINY)
+    quality = order.get("quality", 3)
+    loss = LossSection(metric="mse", quality=tuple(quality) if isinstance(quality, list) else quality)
+    model = LALIC(**TINY, rungs=loss.rungs)
+    if model.rates is not None:
+        model.rates.initialise(loss.lambdas)
     state = torch.load(order["from"], weights_only=True) if "from" in order else None
     if state:
         model.load_state_dict(state["model"])
-    ours = TrainStep(accelerator, model, train, LossSection(metric="mse", quality=3), 0, lag=0)
+    ours = TrainStep(accelerator, model, train, loss, 0, lag=0)
     if state:
         ours.load_state_dict(state["optimizer"])
     assert ours.engine.name == order["backend"]
@@ -66,6 +70,10 @@ def take(ours: Any, step: int) -> dict[str, float]:
     """One step; its values as means over the ranks."""
     rank, size = ours.accelerator.process_index, ours.accelerator.num_processes
     mine = [{"x": x, "bad": 0} for x in pixels(step).chunk(MICRO_BATCHES)[rank::size]]
+    if (rungs := ours.loss.rungs) is not None:
+        # Every rung in turn; a rank of two sees some of them alone.
+        qualities = [torch.tensor([rungs[(step + i) % len(rungs)]]) for i in range(MICRO_BATCHES)]
+        mine = [{**batch, "quality": q} for batch, q in zip(mine, qualities[rank::size], strict=True)]
     result = ours(mine, step=step, lr=3e-4)
     everywhere = gather_object([{k: float(v) for k, v in result.values.items()}])
     return {k: sum(values[k] for values in everywhere) / size for k in everywhere[0]}

@@ -38,6 +38,7 @@ def orders(folder: Path, elsewhere: Path | None) -> list[dict[str, Any]]:
         # The first step is broken as well: there are no moments yet.
         wanted.append({"name": f"{backend} broken", "backend": backend, "last": 4, "broken": [0, 2]})
         wanted.append({"name": f"{backend} unclipped", "backend": backend, "last": 2, "train": {"clip": 0.0}})
+        wanted.append({"name": f"{backend} of a range of rates", "backend": backend, "last": 6, "quality": [2, 4]})
     for backend, other in zip(BACKENDS, ("ZeRO-2", "DDP", "ZeRO-1"), strict=True):
         source = (elsewhere or folder) / f"{other}-middle.pt"
         name = f"{backend} after another"
@@ -119,6 +120,18 @@ def test_the_clip_is_that_of_ddp(outcome: Outcome, backend: str, clipped: bool) 
         squares += float(state["exp_avg"].double().square().sum())
     assert (squares**0.5 < 0.5) is clipped
     assert ours["optimizer"]["main"]["param_groups"] == theirs["optimizer"]["main"]["param_groups"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gains_are_trained_alike(outcome: Outcome, backend: str) -> None:
+    """On a range of rates. In a step some rank sees no sample of a rung, whose gains all ranks change alike."""
+    ours, theirs = (outcome[f"{b} of a range of rates"] for b in (backend, "DDP"))
+    assert_close(ours["values"], theirs["values"])
+    for name in ("rates.gain", "rates.inverse_gain"):
+        learnt = ours["model"][name]
+        assert largest(learnt, theirs["model"][name]) < 1e-5
+        # They began the same for all channels of a rung.
+        assert (learnt.amax(dim=1) - learnt.amin(dim=1)).min() > 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

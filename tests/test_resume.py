@@ -43,7 +43,9 @@ def assert_same_end(run: Path, reference: Path) -> None:
     # The code's version changes when somebody commits while the tests run.
     assert {**a, "versions": None} == {**b, "versions": None}
     for kind, names in (("train", TRAIN), ("validation", VALIDATION)):
-        histories = [[(r["step"], *(r[n] for n in names)) for r in records(r, kind)] for r in (run, reference)]
+        histories = [
+            [(r["step"], r.get("rungs"), *(r[n] for n in names)) for r in records(r, kind)] for r in (run, reference)
+        ]
         assert histories[0] == histories[1]
     assert board(run) == board(reference)
     assert (run / "DONE").exists()
@@ -60,6 +62,7 @@ def board(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     tags = [f"train/{n}" for n in TRAIN] + [f"validation/{n}" for n in VALIDATION]
+    tags += [tag for tag in events.Tags()["scalars"] if re.match(r"\w+/q\d/", tag)]
     shown = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
     return shown | {tag: [(e.step, 0.0) for e in events.Images(tag)] for tag in events.Tags()["images"]}
 
@@ -160,6 +163,31 @@ def test_a_run_goes_on_beyond_its_end(outcomes: Outcomes) -> None:
     runs = (outcomes.folder / "longer", outcomes.folder / "reference")
     ours, theirs = (torch.load(checkpoint.find_checkpoint(run) / "model.pt", weights_only=True) for run in runs)
     assert_identical(ours, theirs, "model")
+
+
+RANGE = ["loss.quality=[1, 3]", "log.every=3", "data.workers=1"]
+"""Checkpoints of steps 2 and 4 cut the intervals of the log, and a validation of step 3 has been done by step 4."""
+
+
+def test_a_range_of_rates_killed_and_resumed_on_one_process(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    lives = [{"kill": "step", "at": 2, "written": 2}, {"kill": "SIGUSR1", "at": 4}, {"kill": "validation", "at": 7}, {}]
+    orders = [{"run": "reference"}, *({"run": "killed", **life} for life in lives)]
+    statuses, said = in_turn(tmp_path, config_path, [{**order, "settings": RANGE} for order in orders])
+    assert statuses == [0, -signal.SIGKILL, 0, -signal.SIGKILL, 0], said
+    assert "resumed from" in said[2] and "step 2 of 7" in said[2]
+    assert_same_end(tmp_path / "killed", tmp_path / "reference")
+    assert {f"train/q{q}/bpp" for q in (1, 2, 3)} <= board(tmp_path / "killed").keys()
+
+
+@pytest.mark.slow
+def test_a_range_of_rates_killed_and_resumed_on_two_processes(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    settings = {"settings": [s for s in RANGE if not s.startswith("data.workers")]}
+    status, said = launch_two(tmp_path, config_path, {"run": "reference", **settings})
+    assert status == 0, said
+    for order in ({"kill": "step", "at": 2, "written": 2, "rank": 1}, {"kill": "SIGUSR1", "at": 4, "rank": 1}, {}):
+        status, said = launch_two(tmp_path, config_path, {"run": "killed", **settings, **order})
+        assert (status == 0) is (order.get("kill") != "step"), said
+    assert_same_end(tmp_path / "killed", tmp_path / "reference")
 
 
 def test_two_runs_in_one_folder_are_refused(config_path: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
@@ -280,15 +308,25 @@ def settings_of(size: int) -> list[str]:
     return [f"train.accumulation={4 // size}"]
 
 
-def assert_elastic(sizes: list[int], folder: Path, config: Path) -> None:
+def assert_close_rungs(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """On a range of rates: the same rungs were drawn, and their means differ by rounding alone."""
+    for a, b in zip(ours, theirs, strict=True):
+        for rung, values in a.get("rungs", {}).items():
+            expected = b["rungs"][rung]
+            assert values.get("samples") == expected.get("samples")
+            told = [{name: v for name, v in found.items() if v is not None} for found in (values, expected)]
+            assert told[0] == pytest.approx(told[1], rel=1e-3)
+
+
+def assert_elastic(sizes: list[int], folder: Path, config: Path, *more: str) -> None:
     """One run on changing numbers of processes, two steps on each, the rest on the last one.
 
     The same images in the same order as one process read without a break, and the same losses and weights but for
     rounding.
     """
-    reference: dict[str, Any] = {"run": "reference", "record": True, "settings": settings_of(1)}
+    reference: dict[str, Any] = {"run": "reference", "record": True, "settings": [*settings_of(1), *more]}
     for i, size in enumerate(sizes):
-        order: dict[str, Any] = {"run": "elastic", "record": True, "settings": settings_of(size)}
+        order: dict[str, Any] = {"run": "elastic", "record": True, "settings": [*settings_of(size), *more]}
         if i < len(sizes) - 1:
             order |= {"kill": "SIGUSR1", "at": 2 * i + 1, "rank": size - 1}
         if size > 1:
@@ -313,6 +351,7 @@ def assert_elastic(sizes: list[int], folder: Path, config: Path) -> None:
         a, b = (records(run, kind) for run in runs)
         assert [r["step"] for r in a] == [r["step"] for r in b]
         assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-4)
+        assert_close_rungs(a, b)
     for name in ("model.pt", "ema.pt"):
         a, b = (torch.load(checkpoint.find_checkpoint(run) / name, weights_only=True) for run in runs)
         for key in a:
@@ -322,6 +361,13 @@ def assert_elastic(sizes: list[int], folder: Path, config: Path) -> None:
 
 def test_two_processes_and_then_one(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
     assert_elastic([2, 1], tmp_path, config_path)
+
+
+@pytest.mark.slow
+def test_a_range_of_rates_on_two_processes_and_then_one(config_path: Path, tmp_path: Path) -> None:  # noqa: F811
+    assert_elastic([2, 1], tmp_path, config_path, "loss.quality=[1, 3]", "log.every=3")
+    lines = records(tmp_path / "elastic")
+    assert sum(values["samples"] for line in lines for values in line["rungs"].values()) == 7 * 4
 
 
 @pytest.mark.slow

@@ -174,6 +174,15 @@ class TestPlan:
         with pytest.raises(LalicError, match=message):
             read_ladder(config, settings)
 
+    @pytest.mark.parametrize("text", ["quality: [1, 6]", "quality:\n  - 1\n  - 6"])
+    def test_a_config_of_a_range_of_rates(self, text: str, config: Path, tmp_path: Path) -> None:
+        several = tmp_path / "several.yaml"
+        several.write_text(re.sub(r"^loss:.*$", f"loss:\n  {text}", config.read_text(), flags=re.MULTILINE))
+        with pytest.raises(LalicError, match=r"several\.yaml: loss\.quality \[1, 6\] is one run for a range"):
+            read_ladder(several)
+        with pytest.raises(LalicError, match="choose with --qualities"):
+            read_ladder(config, ["loss.quality=[1, 6]"])
+
     def test_runs_and_run_dir(self, config: Path) -> None:
         with pytest.raises(LalicError, match="exclude each other"):
             read_ladder(config, ["run.dir=a/b"], runs=Path("c"))

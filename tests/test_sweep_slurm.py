@@ -106,6 +106,25 @@ def test_the_script_uses_the_same_folders(slurm: Slurm) -> None:
         assert done.returncode == 0 and f"{run} is finished" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("section", "given"),
+    [
+        ("loss: {metric: mse, quality: [1, 6]}", []),
+        ("loss:\n  metric: mse\n  quality:\n  - 1  # the lowest\n  - 6", []),
+        ('loss: {"quality" : [2,\n 3]}', []),
+        ("loss: {metric: mse, quality: 3}", ["loss.quality=[1, 6]"]),
+    ],
+)
+def test_the_script_trains_no_range_of_rates_in_every_task(section: str, given: list[str], slurm: Slurm) -> None:
+    Path("configs/several.yaml").write_text(f"# quality: [of comments]\ntrain: {{clip: 1}}\n{section}\n")
+    job = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SLURM_JOB_NUM_NODES": "1"}
+    command = ["bash", "launch/train.slurm", "configs/several.yaml", *given]
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "error: loss.quality is a range of rates" in done.stderr and "without --array" in done.stderr
+    assert not Path("runs").exists()
+
+
 def test_a_finished_rung_that_was_given_more_steps(slurm: Slurm) -> None:
     finish(1)
     sweep_program.save(Path("runs/tiny-q1"), 4)

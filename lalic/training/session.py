@@ -327,7 +327,8 @@ class Session:
         self._restore_average(average)
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
         logs = [state.pop("log") for state in rng.values() if "log" in state]
-        self.tracker.load_state_dicts(logs[rank : rank + 1] if size == len(logs) else logs if rank == 0 else [])
+        own = logs[rank : rank + 1] if size == len(logs) else logs if rank == 0 else []
+        self.tracker.load_state_dicts(own, len(logs))
         if rank in rng:
             set_random_state(rng[rank], self.accelerator.device)
         self.step = self.saved_step = meta["step"]

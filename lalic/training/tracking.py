@@ -78,12 +78,13 @@ class Tracker:
             "waited": self._waited,
         }
 
-    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from these: this rank's own, or on the first of another number of ranks those of all."""
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]], ranks: int) -> None:
+        """Go on from these: this rank's own, or on the first of another number of ranks those of all `ranks`."""
         for state in states:
             if state["sums"] is None:
                 continue
-            sums = state["sums"].to(self.accelerator.device)
+            # A step counts once for each rank: those of the other number of ranks must weigh as much as those to come.
+            sums = state["sums"].to(self.accelerator.device) * (self.accelerator.num_processes / ranks)
             self._names = list(state["names"])
             self._sums = sums if self._sums is None else self._sums + sums
             if self.rungs:
