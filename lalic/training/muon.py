@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from compressai.layers import CheckerboardMaskedConv2d, MaskedConv2d
 from torch import Tensor, nn
 
 from lalic.config import MuonSection
@@ -65,31 +66,27 @@ class Matrix:
 def find_matrices(model: nn.Module, min_side: int) -> list[Matrix]:
     """The matrices of linear layers and of convolutions that mix channels, in the order of the model's parameters.
 
-    Left out are those with a side below `min_side`, and masked convolutions whose taps are not evenly spaced.
+    Left out are those with a side below `min_side`, and convolutions with another mask than a checkerboard.
     """
     found: dict[int, Matrix] = {}
     for module in model.modules():
-        matrix = None
-        if isinstance(module, nn.Linear):
-            matrix = Matrix(module.weight)
-        elif isinstance(module, nn.ConvTranspose2d) and module.groups == 1:
-            matrix = Matrix(module.weight, out_first=False)
-        elif isinstance(module, nn.Conv2d) and module.groups == 1:
-            mask = getattr(module, "mask", None)
-            taps = None if mask is None else _shown_taps(mask)
-            matrix = Matrix(module.weight, taps=taps) if mask is None or taps else None
+        matrix = _matrix_of(module)
         if matrix and min(matrix.shape) >= min_side:
-            found[id(module.weight)] = matrix
+            found[id(matrix.parameter)] = matrix
     return [found[id(p)] for p in model.parameters() if id(p) in found]
 
 
-def _shown_taps(mask: Tensor) -> slice | None:
-    """The taps that a mask (out, in, k, k) shows, where they are the same everywhere and evenly spaced."""
-    rows = mask.flatten(2).flatten(0, 1) != 0
-    taps = rows[0].nonzero().view(-1).tolist()
-    step = taps[1] - taps[0] if len(taps) > 1 else 1
-    even = bool(taps) and taps == list(range(taps[0], taps[-1] + 1, step)) and bool((rows == rows[0]).all())
-    return slice(taps[0], taps[-1] + 1, step) if even else None
+def _matrix_of(module: nn.Module) -> Matrix | None:
+    if isinstance(module, nn.Linear):
+        return Matrix(module.weight)
+    if isinstance(module, nn.ConvTranspose2d) and module.groups == 1:
+        return Matrix(module.weight, out_first=False)
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        if isinstance(module, CheckerboardMaskedConv2d):
+            # Row plus column is odd: in a kernel of odd width, so is the position in the flattened kernel.
+            return Matrix(module.weight, taps=slice(1, None, 2))
+        return Matrix(module.weight) if not isinstance(module, MaskedConv2d) else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -100,6 +97,12 @@ class _Slot:
     gradient: Tensor
     momentum: Tensor
     update: Tensor
+
+    @classmethod
+    def of(cls, matrix: Matrix, *flat: Tensor) -> _Slot:
+        """Of matrices in the layout of a batch: (smaller side, larger side)."""
+        upright = flat[0].shape == matrix.shape
+        return cls(matrix, *(matrix.view_of(f if upright else f.mT) for f in flat))
 
     @property
     def plain(self) -> bool:
@@ -118,19 +121,20 @@ class Muon:
     def __init__(self, parameters: Sequence[nn.Parameter], matrices: Sequence[Matrix], settings: MuonSection):
         self.parameters, self.settings = list(parameters), settings
         device = self.parameters[0].device
-        by_shape: defaultdict[tuple[int, int], list[Matrix]] = defaultdict(list)
+        by_shape: defaultdict[tuple[int, ...], list[Matrix]] = defaultdict(list)
         for matrix in matrices:
-            small, large = sorted(matrix.shape)
-            by_shape[small, large].append(matrix)
-        self.batches = [Batch(len(same), *shape) for shape, same in sorted(by_shape.items())]
+            by_shape[tuple(sorted(matrix.shape))].append(matrix)
+        self.batches = [Batch(len(by_shape[a, b]), a, b) for a, b in sorted(by_shape)]
         flat = [torch.zeros(starts_of(self.batches)[-1], device=device) for _ in range(3)]
         self._gradient, self._momentum, self._update = flat
-        self._scales = [settings.scale * math.sqrt(b.columns) for b in self.batches]
-        self._slots = [
-            _Slot(matrix, *(matrix.view_of(v[i] if matrix.shape == v[i].shape else v[i].mT) for v in views))
-            for (_, same), *views in zip(sorted(by_shape.items()), *(cut(f, self.batches) for f in flat), strict=True)
-            for i, matrix in enumerate(same)
-        ]
+        views = [[view for batch in cut(f, self.batches) for view in batch] for f in flat]
+        in_order = [matrix for shape in sorted(by_shape) for matrix in by_shape[shape]]
+        self._slots = [_Slot.of(*each) for each in zip(in_order, *views, strict=True)]
+        layouts = ([s for s in self._slots if s.plain], [s for s in self._slots if not s.plain])
+        self._layouts = [slots for slots in layouts if slots]
+        scales = [-settings.scale * math.sqrt(b.columns) for b in self.batches]
+        self._scales = torch.tensor(scales, device=device).view(-1, 1, 1, 1)
+        self._factors = torch.zeros_like(self._scales)
         dtype = products_of(settings, device)
         self.orthogonalise = Orthogonaliser(self.batches, steps=settings.newton_schulz, dtype=dtype, device=device)
         taken = {id(m.parameter) for m in matrices}
@@ -156,25 +160,22 @@ class Muon:
 
     def _move_matrices(self, left_out: Tensor) -> None:
         settings, skip = self.settings, left_out > 0
-        for slots in self._by_layout():
+        for slots in self._layouts:
             gradients = [slot.matrix.shown(slot.matrix.gradient) for slot in slots]
             torch._foreach_copy_([slot.gradient for slot in slots], gradients)
         # A gradient that equals the momentum leaves it as it is, and what follows finite.
         torch.where(skip, self._momentum, self._gradient, out=self._gradient)
         self._momentum.lerp_(self._gradient, 1 - settings.momentum)
         nesterov = self._gradient.lerp_(self._momentum, settings.momentum)
-        self._update.copy_(self.orthogonalise(nesterov))
-        torch._foreach_mul_(cut(self._update, self.batches), self._scales)
+        torch.mul(self._scales, self._lr, out=self._factors)
+        factors, updates = self._factors.unbind(), cut(self._update, self.batches)
+        for orthogonal, factor, update in zip(self.orthogonalise(nesterov), factors, updates, strict=True):
+            torch.mul(orthogonal, factor, out=update)
         # x + -0.0 is x, whatever the sign of a zero x.
-        self._update.mul_(-self._lr).masked_fill_(skip, -0.0)
-        for slots in self._by_layout():
+        self._update.masked_fill_(skip, -0.0)
+        for slots in self._layouts:
             weights = [slot.matrix.shown(slot.matrix.parameter) for slot in slots]
             torch._foreach_add_(weights, [slot.update for slot in slots])
-
-    def _by_layout(self) -> Iterator[list[_Slot]]:
-        for plain in (True, False):
-            if slots := [slot for slot in self._slots if slot.plain is plain]:
-                yield slots
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -245,8 +246,8 @@ def _fused_adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Adam | None:
     """Adam whose learning rate and state are tensors from the start, so that they keep their storage."""
     if not parameters:
         return None
-    lr = torch.zeros((), device=parameters[0].device)
-    adam = torch.optim.Adam(parameters, lr=lr, fused=True, capturable=True)
+    adam = torch.optim.Adam(parameters, lr=0.0, fused=True, capturable=True)
+    adam.param_groups[0]["lr"] = lr = torch.zeros((), device=parameters[0].device)
     for parameter in parameters:
         moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         adam.state[parameter] = {"step": torch.zeros_like(lr), **moments}

@@ -59,25 +59,20 @@ class Orthogonaliser:
 
     def __init__(self, batches: Sequence[Batch], *, steps: int, dtype: torch.dtype, device: torch.device):
         self.batches, self.dtype = tuple(batches), dtype
-        numbers = starts_of(batches)[-1]
-        flat, self._result = (torch.zeros(numbers, dtype=dtype, device=device) for _ in range(2))
         counts = [b.matrices for b in batches]
         self._all_norms = torch.zeros(sum(counts), dtype=torch.float32, device=device)
         self._norms = list(self._all_norms.split(counts))
         by_gram = [dtype == torch.float32 and _Gram.pays(b, steps) for b in batches]
-        sources, results = cut(flat, batches), cut(self._result, batches)
-        self._gram = _Gram(_where(by_gram, sources), _where(by_gram, results), steps)
-        direct = [not gram for gram in by_gram]
-        self._direct = _Direct(_where(direct, sources), _where(direct, results), steps)
-        # An even number of direct steps begins where it ends.
-        swapped = steps % 2 == 0
-        self._inputs = [
-            result if swapped and not gram else source
-            for source, result, gram in zip(sources, results, by_gram, strict=True)
-        ]
+        like = torch.empty(0, dtype=dtype, device=device)
+        self._direct = _Direct([b for b, gram in zip(batches, by_gram, strict=True) if not gram], steps, like)
+        self._gram = _Gram([b for b, gram in zip(batches, by_gram, strict=True) if gram], steps, like)
+        ways = {way: iter(zip(way.inputs, way.results, strict=True)) for way in (self._gram, self._direct)}
+        in_order = [next(ways[self._gram if gram else self._direct]) for gram in by_gram]
+        self._inputs = [source for source, _ in in_order]
+        self._results = [result for _, result in in_order]
 
-    def __call__(self, matrices: Tensor) -> Tensor:
-        """Flat float32 matrices, as `cut` cuts them, to flat orthogonal factors in the products' dtype.
+    def __call__(self, matrices: Tensor) -> list[Tensor]:
+        """Flat float32 matrices, as `cut` cuts them, to batches of orthogonal factors in the products' dtype.
 
         The next call fills the same storage anew. What is not finite gives NaN, in its own matrix alone.
         """
@@ -89,7 +84,7 @@ class Orthogonaliser:
             torch.div(view, norm[:, None, None], out=x)
         self._direct.run()
         self._gram.run()
-        return self._result
+        return self._results
 
     def flops(self) -> int:
         """Floating-point operations of the products of one call."""
@@ -97,27 +92,32 @@ class Orthogonaliser:
 
 
 class _Direct:
-    """The iteration itself, from one buffer to the other and back; the last step ends in `y`."""
+    """The iteration itself, from one buffer to the other and back.
 
-    def __init__(self, x: Sequence[Tensor], y: Sequence[Tensor], steps: int):
-        self.x, self.y, self.steps = list(x), list(y), steps
-        self._a = _Squares(self.x)
-        self._square = _Squares(self.x)
-        self._identity = _Squares(self.x).fill_diagonals(COEFFICIENTS[0])
+    a X is added to the product: in bfloat16, b A + c A^2 would be lost beside the a of a I + b A + c A^2.
+    """
+
+    def __init__(self, batches: Sequence[Batch], steps: int, like: Tensor):
+        self.batches, self.steps = batches, steps
+        self._flats = [like.new_zeros(starts_of(batches)[-1]) for _ in range(2)]
+        self._views = [cut(flat, batches) for flat in self._flats]
+        self.inputs, self.results = self._views[0], self._views[steps % 2]
+        self._a, self._square = _Squares(batches, like), _Squares(batches, like)
 
     def run(self) -> None:
-        x, y = (self.x, self.y) if self.steps % 2 else (self.y, self.x)
-        for _ in range(self.steps):
-            for source, a, square in zip(x, self._a.views, self._square.views, strict=True):
-                torch.bmm(source, source.mT, out=a)
-                torch.bmm(a, a, out=square)
-            _polynomial(self._a, self._a, self._square, self._identity)
-            for source, p, target in zip(x, self._a.views, y, strict=True):
-                torch.bmm(p, source, out=target)
-            x, y = y, x
+        a, b, c = COEFFICIENTS
+        for step in range(self.steps):
+            here, there = step % 2, (step + 1) % 2
+            for x, gram, square in zip(self._views[here], self._a.views, self._square.views, strict=True):
+                torch.bmm(x, x.mT, out=gram)
+                torch.bmm(gram, gram, out=square)
+            self._square.flat.mul_(c).add_(self._a.flat, alpha=b)
+            torch.mul(self._flats[here], a, out=self._flats[there])
+            for x, p, y in zip(self._views[here], self._square.views, self._views[there], strict=True):
+                y.baddbmm_(p, x)
 
     def flops(self) -> int:
-        return sum(self.flops_of(Batch(*x.shape), self.steps) for x in self.x)
+        return sum(self.flops_of(batch, self.steps) for batch in self.batches)
 
     @staticmethod
     def flops_of(batch: Batch, steps: int) -> int:
@@ -132,20 +132,23 @@ class _Gram:
     the digits of small singular values: float32 has enough of them, bfloat16 has not.
     """
 
-    def __init__(self, x: Sequence[Tensor], y: Sequence[Tensor], steps: int):
-        self.x, self.y, self.steps = list(x), list(y), steps
-        self._a, self._p, self._q, self._spare = (_Squares(self.x) for _ in range(4))
-        self._identity = _Squares(self.x).fill_diagonals(COEFFICIENTS[0])
+    def __init__(self, batches: Sequence[Batch], steps: int, like: Tensor):
+        self.batches, self.steps = batches, steps
+        self.inputs, self.results = (cut(like.new_zeros(starts_of(batches)[-1]), batches) for _ in range(2))
+        self._a, self._p, self._q, self._spare, self._identity = (_Squares(batches, like) for _ in range(5))
+        for view in self._identity.views:
+            view.diagonal(dim1=1, dim2=2).fill_(COEFFICIENTS[0])
 
     def run(self) -> None:
         a, p, q, spare = self._a, self._p, self._q, self._spare
-        for x, gram in zip(self.x, a.views, strict=True):
+        _, b, c = COEFFICIENTS
+        for x, gram in zip(self.inputs, a.views, strict=True):
             torch.bmm(x, x.mT, out=gram)
         for step in range(self.steps):
-            last = step == self.steps - 1
             _multiply(a, a, spare)
-            _polynomial(p, a, spare, self._identity)
-            if not last:
+            torch.add(self._identity.flat, a.flat, alpha=b, out=p.flat)
+            p.flat.add_(spare.flat, alpha=c)
+            if step < self.steps - 1:
                 _multiply(p, a, spare)
                 _multiply(spare, p, a)
             if step == 0:
@@ -153,11 +156,11 @@ class _Gram:
             else:
                 _multiply(p, q, spare)
                 q, spare = spare, q
-        for x, whole, y in zip(self.x, q.views, self.y, strict=True):
+        for x, whole, y in zip(self.inputs, q.views, self.results, strict=True):
             torch.bmm(whole, x, out=y)
 
     def flops(self) -> int:
-        return sum(self.flops_of(Batch(*x.shape), self.steps) for x in self.x)
+        return sum(self.flops_of(batch, self.steps) for batch in self.batches)
 
     @staticmethod
     def flops_of(batch: Batch, steps: int) -> int:
@@ -174,15 +177,10 @@ class _Gram:
 class _Squares:
     """Batches of (rows, rows) in one flat tensor."""
 
-    def __init__(self, like: Sequence[Tensor]):
-        batches = [Batch(x.shape[0], x.shape[1], x.shape[1]) for x in like]
-        self.flat = like[0].new_zeros(starts_of(batches)[-1]) if like else torch.zeros(0)
-        self.views = cut(self.flat, batches)
-
-    def fill_diagonals(self, value: float) -> _Squares:
-        for view in self.views:
-            view.diagonal(dim1=1, dim2=2).fill_(value)
-        return self
+    def __init__(self, batches: Sequence[Batch], like: Tensor):
+        squares = [Batch(b.matrices, b.rows, b.rows) for b in batches]
+        self.flat = like.new_zeros(starts_of(squares)[-1])
+        self.views = cut(self.flat, squares)
 
 
 def _multiply(a: _Squares, b: _Squares, out: _Squares) -> None:
@@ -190,16 +188,5 @@ def _multiply(a: _Squares, b: _Squares, out: _Squares) -> None:
         torch.bmm(left, right, out=target)
 
 
-def _polynomial(out: _Squares, a: _Squares, square: _Squares, identity: _Squares) -> None:
-    """out <- 3.4445 I + b a + c square, `identity` being the first term."""
-    _, b, c = COEFFICIENTS
-    torch.add(identity.flat, a.flat, alpha=b, out=out.flat)
-    out.flat.add_(square.flat, alpha=c)
-
-
 def _aligned(numbers: int) -> int:
     return -(-numbers // _ALIGNMENT) * _ALIGNMENT
-
-
-def _where(chosen: Sequence[bool], views: Sequence[Tensor]) -> list[Tensor]:
-    return [view for view, take in zip(views, chosen, strict=True) if take]
