@@ -22,6 +22,7 @@ from test_loader import loader, made, shards  # noqa: F401 -- fixtures among the
 from test_loss import made_up_output
 from test_order import MASK, philox
 from test_train import TINY, config_path, own_process_state, pixels, records, run, without_noise  # noqa: F401
+from test_verdicts import CountReads
 
 from lalic import status
 from lalic.config import LossSection, TrainSection, config_text, read_config
@@ -41,7 +42,7 @@ from lalic.training.distributed import start_processes
 from lalic.training.loss import RungLoss, rate_distortion
 from lalic.training.run_folder import check_same_run
 from lalic.training.schedule import plan
-from lalic.training.step import TrainStep
+from lalic.training.step import StepResult, TrainStep
 from lalic.training.tracking import Tracker
 
 # ruff: noqa: F811 -- fixtures are arguments of the same name
@@ -219,14 +220,14 @@ class TestLoss:
         assert rungs[0, 2] == math.inf and rungs[1:].isfinite().all()
 
 
-def range_step(train: TrainSection, seed: int = 0) -> TrainStep:
+def range_step(train: TrainSection, seed: int = 0, lag: int | None = None) -> TrainStep:
     section = LossSection(quality=(1, 4))
     accelerator = start_processes(train)
     torch.manual_seed(seed)
     model = LALIC(**TINY, rungs=section.rungs)
     assert model.rates is not None
     model.rates.initialise(section.lambdas)
-    return TrainStep(accelerator, model, train, section, seed)
+    return TrainStep(accelerator, model, train, section, seed, lag=lag)
 
 
 def batch(seed: int = 0) -> dict[str, Any]:
@@ -257,6 +258,13 @@ class TestStep:
         ours([batch()], step=0, lr=1e-3)
         for table, old in zip(tables, before, strict=True):
             assert (table - old).abs().amax(dim=1).gt(0).tolist() == [True, True, False, True]
+
+    def test_no_value_goes_to_the_host(self) -> None:
+        ours = range_step(TrainSection(batch_size=4, cpu_threads=1), lag=1)
+        ours([batch()], step=0, lr=1e-3)
+        with CountReads() as reads:
+            ours([batch(1)], step=1, lr=1e-3)
+        assert reads.seen == []
 
     @pytest.mark.parametrize("train", [{"precision": "bf16"}, {"gradient_checkpointing": True}], ids=str)
     def test_other_ways_to_compute_are_near(self, train: dict[str, Any]) -> None:
@@ -481,6 +489,23 @@ class TestStart:
         with pytest.raises(LalicError, match=re.escape(words)) as error:
             self.begin(config_path, self.source(tmp_path, (2, 5)), *settings)
         assert "\n" not in str(error.value)
+
+
+def test_a_step_that_is_left_out_is_in_no_mean(config_path: Path, tmp_path: Path) -> None:
+    config = read_config(config_path, [RANGE, f"run.dir={tmp_path}"])
+    tracker = Tracker(Accelerator(cpu=True), config, plan(config.stages, 4, lambda crop: 12))
+    tracker.open(0)
+    names = ("loss", "bpp", "psnr", "aux", "gradient_norm")
+    good, bad = (
+        StepResult(dict.fromkeys(names, torch.tensor(v)), torch.tensor(left_out), torch.full((4, 4), v))
+        for v, left_out in ((2.0, 0.0), (math.nan, 1.0))
+    )
+    for result in (good, bad):
+        tracker.add(result, [{"bad": 0}], seconds=1.0, waited=0.0)
+    tracker.write(2, plan(config.stages, 4, lambda crop: 12).stages[0])
+    tracker.close()
+    (line,) = records(tmp_path)
+    assert line["rungs"]["2"] == {"loss": 1.0, "bpp": 1.0, "psnr": 1.0, "samples": 2} and line["skipped_steps"] == 1
 
 
 def test_interval_goes_on_with_another_number_of_ranks(config_path: Path, tmp_path: Path) -> None:
