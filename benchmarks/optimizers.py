@@ -49,31 +49,35 @@ def loss_of(points: Points, quality: int) -> float:
     return float(loss) if loss == loss else float("inf")
 
 
-def run_all(setup: Setup, arguments: argparse.Namespace, optimizer: str) -> dict[float, dict[int, Points]]:
-    """All runs of one optimiser, as planned."""
+def run_all(
+    setup: Setup, arguments: argparse.Namespace, optimizer: str, goals: Mapping[int, float] | None = None
+) -> tuple[float, dict[float, dict[int, Points]]]:
+    """All runs of one optimiser, as planned, and its best learning rate.
+
+    `goals`: of each seed a loss at which runs with the best rate of the staged plan end.
+    """
     rates, seeds, quality = getattr(arguments, f"{optimizer}_rates"), arguments.seeds, arguments.quality
     steps = getattr(arguments, f"{optimizer}_steps")
     found: dict[float, dict[int, Points]] = {rate: {} for rate in rates}
 
-    def run(rate: float, seed: int, until: int) -> None:
-        found[rate][seed] = train(setup, Recipe(optimizer, rate, quality, seed), until)
+    def run(rate: float, seed: int, until: int, goal: float = -1.0) -> None:
+        recipe = Recipe(optimizer, rate, quality, seed)
+        found[rate][seed] = train(setup, recipe, until, lambda point: loss_of([point], quality) <= goal)
 
     if not arguments.staged:
         for rate in rates:
             for seed in seeds:
                 run(rate, seed, steps)
-        return found
+        return best_rate(found, quality), found
     going = list(rates)
     for until in screening(optimizer, arguments):
         for rate in going:
             run(rate, seeds[0], until)
         going.sort(key=lambda rate: loss_of(found[rate][seeds[0]], quality))
         going = going[: -(-len(going) // 2)]
-    run(going[0], seeds[0], steps)
-    rate = best_rate(found, quality)
-    for seed in seeds[1:]:
-        run(rate, seed, steps)
-    return found
+    for seed in seeds:
+        run(going[0], seed, steps, (goals or {}).get(seed, -1.0))
+    return going[0], found
 
 
 def screening(optimizer: str, arguments: argparse.Namespace) -> list[int]:
@@ -84,14 +88,8 @@ def screening(optimizer: str, arguments: argparse.Namespace) -> list[int]:
 
 
 def best_rate(runs: Mapping[float, Mapping[int, Points]], quality: int) -> float:
-    """Of the learning rates that went farthest the one with the least median loss at the end."""
-    farthest = max(points[-1]["step"] for seeds in runs.values() for points in seeds.values())
-    ends = {
-        rate: statistics.median(loss_of(points, quality) for points in seeds.values())
-        for rate, seeds in runs.items()
-        if all(points[-1]["step"] == farthest for points in seeds.values())
-    }
-    return min(ends, key=lambda rate: ends[rate])
+    """The learning rate with the least median loss at the end."""
+    return min(runs, key=lambda rate: statistics.median(loss_of(points, quality) for points in runs[rate].values()))
 
 
 def reach(adam: Points, muon: Points, quality: int) -> dict[str, Any]:
@@ -110,9 +108,8 @@ def reach(adam: Points, muon: Points, quality: int) -> dict[str, Any]:
     }
 
 
-def compare(runs: Runs, speed: Mapping[str, Any], quality: int) -> dict[str, Any]:
+def compare(runs: Runs, rates: Mapping[str, float], speed: Mapping[str, Any], quality: int) -> dict[str, Any]:
     """Muon's best learning rate against Adam's, seed by seed, and the medians over the seeds."""
-    rates = {optimizer: best_rate(runs[optimizer], quality) for optimizer in OPTIMIZERS}
     adam, muon = (runs[optimizer][rates[optimizer]] for optimizer in OPTIMIZERS)
     ratio = speed["muon"]["ratio"]
     seeds = {}
@@ -123,7 +120,11 @@ def compare(runs: Runs, speed: Mapping[str, Any], quality: int) -> dict[str, Any
     shares = ("of_steps", "of_seconds", "of_wall_clock")
     # A seed that never gets there is worse than any that does.
     medians = {n: statistics.median(float("inf") if r[n] is None else r[n] for r in seeds.values()) for n in shares}
-    return {"rates": rates, "seeds": seeds, "median": {n: v if v < float("inf") else None for n, v in medians.items()}}
+    return {
+        "rates": dict(rates),
+        "seeds": seeds,
+        "median": {n: v if v < float("inf") else None for n, v in medians.items()},
+    }
 
 
 def measure_speed(
@@ -263,13 +264,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if min(arguments.adam_steps, arguments.muon_steps, arguments.rounds) < 1:
         raise LalicError("--adam-steps, --muon-steps and --rounds must be at least 1")
+    if arguments.stop and not arguments.staged:
+        raise LalicError("--stop goes with --staged: the grid compares the ends of its runs")
     setup = setup_of(arguments)
-    runs: Runs = {optimizer: run_all(setup, arguments, optimizer) for optimizer in arguments.optimizers}
+    runs: Runs = {}
+    rates: dict[str, float] = {}
+    for optimizer in arguments.optimizers:
+        goals = None
+        if arguments.stop and "adam" in runs:
+            adam = runs["adam"][rates["adam"]]
+            goals = {seed: loss_of(points, arguments.quality) for seed, points in adam.items()}
+        rates[optimizer], runs[optimizer] = run_all(setup, arguments, optimizer, goals)
     if len(runs) < len(OPTIMIZERS):
         return 0
-    best = {name: Recipe(name, best_rate(runs[name], arguments.quality), arguments.quality, 0) for name in OPTIMIZERS}
+    best = {name: Recipe(name, rates[name], arguments.quality, 0) for name in OPTIMIZERS}
     speed = measure_speed(setup, best, arguments.speed_threads, arguments.rounds)
-    compared = compare(runs, speed, arguments.quality)
+    compared = compare(runs, rates, speed, arguments.quality)
     words = sys.argv[1:] if argv is None else argv
     result = {
         "command": " ".join(["python benchmarks/optimizers.py", *words]),
@@ -304,6 +314,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--adam-steps", type=int, default=3000, help="whose loss Muon is to reach (%(default)s)")
     parser.add_argument("--muon-steps", type=int, default=1200, help="at most (%(default)s)")
+    parser.add_argument(
+        "--stop", action="store_true", help="with --staged: end Muon's runs at the loss that they are to reach"
+    )
     parser.add_argument("--staged", action="store_true", help="the plan for small machines (above)")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="train these alone")
     parser.add_argument("--speed-threads", type=int, default=2, help="of the process that times steps (%(default)s)")

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,8 @@ class Run:
         """Steps that are done."""
         return int(self.points[-1]["step"]) if self.points else 0
 
-    def advance(self, steps: int) -> None:
-        """Train until `steps` are done, with a point every `setup.every`; each is written down."""
+    def advance(self, steps: int, enough: Callable[[dict[str, Any]], bool]) -> None:
+        """Train until `steps` are done or a point is enough. There is one every `setup.every`; each is written down."""
         stepper, index = self._build()
         from lalic.data.loader import build_loader
 
@@ -145,7 +146,7 @@ class Run:
             rungs=self.setup.run_config(self.recipe).loss.rungs,
         )
         batches = iter(loader)
-        while self.step < steps:
+        while self.step < steps and not (self.points and enough(self.points[-1])):
             self.points.append(self._segment(stepper, batches, self._next_point(steps)))
             self._save(stepper)
             print(f"{self.recipe.name:28} {told(self.points[-1])}", flush=True)
@@ -241,11 +242,13 @@ def read_points(setup: Setup, recipe: Recipe) -> list[dict[str, Any]]:
     return points
 
 
-def train(setup: Setup, recipe: Recipe, steps: int) -> list[dict[str, Any]]:
-    """The points of a run up to `steps`; what is not done yet is trained."""
+def train(
+    setup: Setup, recipe: Recipe, steps: int, enough: Callable[[dict[str, Any]], bool] = lambda point: False
+) -> list[dict[str, Any]]:
+    """The points of a run up to `steps`, or up to one that is enough; what is not done yet is trained."""
     run = Run(setup, recipe)
-    if run.step < steps:
-        run.advance(steps)
+    if run.step < steps and not any(enough(point) for point in run.points):
+        run.advance(steps, enough)
     return [point for point in run.points if point["step"] <= steps]
 
 

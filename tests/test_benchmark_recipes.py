@@ -83,15 +83,18 @@ class TestReach:
             "muon": {6e-3: muon},  # type: ignore[dict-item]
         }
         speed = {"adam": {"ratio": 1.0}, "muon": {"ratio": 1.5}}
-        found = optimizers.compare(runs, speed, 4)
+        found = optimizers.compare(runs, {"adam": 2e-3, "muon": 6e-3}, speed, 4)
         assert found["rates"] == {"adam": 2e-3, "muon": 6e-3}
         assert found["median"]["of_steps"] == pytest.approx(0.5)
         assert found["median"]["of_wall_clock"] == pytest.approx(0.75)
         assert found["seeds"]["3"]["of_wall_clock"] is None
 
 
-def test_the_best_learning_rate_is_one_that_went_to_the_end() -> None:
-    runs = {1e-3: {1: curve([9.0, 3.0])}, 2e-3: {1: curve([2.0])}, 3e-3: {1: curve([9.0, float("nan")])}}
+def test_the_best_learning_rate_is_that_of_the_median_seed() -> None:
+    runs = {
+        1e-3: {1: curve([9.0, 3.0]), 2: curve([9.0, 3.1]), 3: curve([9.0, 9.0])},
+        2e-3: {1: curve([9.0, 1.0]), 2: curve([9.0, 4.0]), 3: curve([9.0, float("nan")])},
+    }
     assert optimizers.best_rate(runs, 4) == 1e-3
 
 
@@ -100,13 +103,14 @@ class TestStagedPlan:
         """(learning rate, seed, steps) in the order in which they are asked for; 4e-3 is best, then 2e-3."""
         asked: list[tuple[float, int, int]] = []
 
-        def train(_setup: Setup, recipe: Recipe, steps: int) -> list[dict[str, Any]]:
+        def train(_setup: Setup, recipe: Recipe, steps: int, _enough: Any) -> list[dict[str, Any]]:
             asked.append((recipe.lr, recipe.seed, steps))
             return curve([abs(recipe.lr - 3.5e-3)], every=steps)
 
         monkeypatch.setattr(optimizers, "train", train)
         arguments = optimizers._parser().parse_args(["photos", "--work", "w", *more])
-        optimizers.run_all(Setup(Path(), Path()), arguments, optimizer)
+        best, runs = optimizers.run_all(Setup(Path(), Path()), arguments, optimizer)
+        assert len(runs[best]) == len(arguments.seeds)
         return asked
 
     def test_halving_of_adams_rates(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +189,7 @@ def test_stretches_answer_the_shared_question_first() -> None:
         (rates, ["--quality", "3", "5"], "at least 4 rungs"),
         (rates, ["--steps", "3001"], "a multiple of 1000"),
         (rates, ["--crop", "0"], "--crop must be at least 1"),
+        (optimizers, ["--stop"], "--stop goes with --staged"),
         (optimizers, ["--muon-steps", "0"], "--muon-steps and --rounds must be at least 1"),
     ],
 )
@@ -228,6 +233,13 @@ class TestRuns:
         before = (other.work / f"{recipe.name}.json").read_bytes()
         assert short_runs.train(other, recipe, 4) == parts[:3]
         assert (other.work / f"{recipe.name}.json").read_bytes() == before
+
+    def test_ends_at_a_point_that_is_enough(self, photographs: Path) -> None:
+        setup, recipe = self.setup_of(photographs), Recipe("adam", 1e-3, 4, 1)
+        points = short_runs.train(setup, recipe, 8, lambda point: point["step"] >= 3)
+        assert [p["step"] for p in points] == [2, 4]
+        assert short_runs.train(setup, recipe, 8, lambda point: point["step"] == 2) == points
+        assert [p["step"] for p in short_runs.train(setup, recipe, 6)] == [2, 4, 6]
 
     def test_held_out_photographs_are_not_trained_on(self, photographs: Path) -> None:
         setup = self.setup_of(photographs)
