@@ -61,7 +61,7 @@ def difference(one: Ladder, singles: Ladder) -> dict[str, Any]:
 
 
 def compare(one: Points, singles: Mapping[str, Points], milestones: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of both questions, as far as the runs are."""
+    """The rows of both questions, as far as the runs are and have points there."""
     found: dict[str, list[dict[str, Any]]] = {"shared": [], "apart": []}
     for steps in milestones:
         mine = ladder_at({"one": one}, steps)
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     setup = setup_of(arguments)
     words = sys.argv[1:] if argv is None else argv
-    milestones = [arguments.steps // 2, arguments.steps]
+    milestones = [arguments.steps // 4, arguments.steps // 2, arguments.steps]
     compared: dict[str, Any] = {}
 
     def note(one: Points, singles: Mapping[str, Points]) -> None:

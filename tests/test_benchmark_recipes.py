@@ -282,7 +282,7 @@ def test_rates_in_small(photographs: Path) -> None:
     result = json.loads((photographs.parent / "o.json").read_text())
     assert [(r["steps"], r["steps_of_each"]) for r in result["shared"] + result["apart"]] == [
         *((4, 1), (8, 2)),
-        *((4, 4), (8, 8)),
+        *((2, 2), (4, 4), (8, 8)),
     ]
     assert ends == int(result["shared"][1]["bd_rate"] is None)
     assert set(result["runs"]["singles"]) == {"3", "4", "5", "6"}
