@@ -123,7 +123,7 @@ def count(model_name: str, batch: int, crop: int) -> dict[str, Any]:
         "gflops": products / 1e9,
         "share": products / (products + step),
     }
-    return {**result, "model_gflops": step / 1e9}
+    return {**result, "model_gflops": step / 1e9, "torch": torch.__version__}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.output:
         from lalic.files import write_json
 
-        write_json(arguments.output, result)
+        command = " ".join(["python benchmarks/optimizer_launches.py", *(sys.argv[1:] if argv is None else argv)])
+        write_json(arguments.output, {"command": command, **result})
     return 0
 
 

@@ -1,7 +1,8 @@
 """Where one training step's time goes: a table of operators, and their groups, from torch.profiler.
 
     python benchmarks/profile_step.py [--model full|medium|small|demo] [--crop 256] [--batch 2] [--precision bf16]
-        [--compile] [--checkpointing] [--device cuda] [--output FILE.json [--label before]] [--trace TRACE.json]
+        [--optimizer muon] [--compile] [--checkpointing] [--device cuda] [--output FILE.json [--label before]]
+        [--trace TRACE.json]
 
 On the CPU times are self times of operators; on CUDA those of the kernels that an operator started. An operator
 belongs to the entropy model or the optimiser when it runs inside of it, forward or backward; otherwise its name
@@ -149,7 +150,7 @@ def profile(arguments: argparse.Namespace) -> dict[str, Any]:
 
     settings = [f"train.batch_size={arguments.batch}", f"train.precision={arguments.precision}"]
     settings += [f"train.gradient_checkpointing={arguments.checkpointing}", f"train.cpu_threads={arguments.threads}"]
-    settings += ["train.compile=true"] if arguments.compile else []
+    settings += [f"train.optimizer={arguments.optimizer}", *(["train.compile=true"] if arguments.compile else [])]
     config = read_model_config(arguments.model, *settings)
     accelerator = start(config, arguments.device)
     model = new_model(config)
@@ -221,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--crop", type=int, default=256)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--optimizer", choices=("adam", "muon"), default="adam")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

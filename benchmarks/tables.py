@@ -646,6 +646,20 @@ def _ladders(result: dict[str, Any]) -> list[tuple[str, int, dict[str, dict[str,
     return [(name, steps, ladder) for (name, steps), ladder in sorted(found.items())]
 
 
+def optimizer_launches(result: dict[str, Any]) -> str:
+    muon, adam = result["muon"], result["adam"]
+    rows = [
+        ["kernels that a step of the optimiser launches", f"{muon['launches']:,}", adam["launches"]],
+        ["operations of its products, GFLOP", f"{muon['gflops']:.0f}", 0],
+        ["of those of the step, products and convolutions alone", f"{100 * muon['share']:.0f} %", "0 %"],
+    ]
+    note = f"{result['model']} model, batch {result['batch']}, crop {result['crop']}; forward and backward pass "
+    note += f"{result['model_gflops']:,.0f} GFLOP; {muon['matrices']} matrices of {muon['shapes']} shapes."
+    origin = f"Counted with fake tensors, torch {result['torch']}: `{result['command']}`"
+    title = "What an optimiser's step asks of a GPU"
+    return "\n\n".join([f"## {title}", origin, note, table(["", "muon", "adam"], rows)])
+
+
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "biwkv": biwkv,
     "block": block,
@@ -671,6 +685,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "linear_bound": linear_bound,
     "optimizers": optimizers,
     "rates": rates,
+    "optimizer_launches": optimizer_launches,
     "cluster_cost": cluster_cost,
 }
 

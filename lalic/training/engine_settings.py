@@ -60,13 +60,13 @@ def hidden_from_accelerate() -> Iterator[None]:
 
 def deepspeed_settings(train: TrainSection, num_processes: int) -> dict[str, Any]:
     """DeepSpeed's whole configuration for a run. Raises LalicError for what cannot be followed."""
-    if find_spec("deepspeed") is None:
-        raise LalicError("the launcher asks for DeepSpeed, which is not installed: pip install 'lalic[deepspeed]'")
     if train.optimizer != "adam":
         raise LalicError(
             f"train.optimizer={train.optimizer} needs whole matrices, and DeepSpeed's ZeRO cuts them up: launch "
             "with launch/accelerate/multi_gpu.yaml (DDP), or take train.optimizer=adam"
         )
+    if find_spec("deepspeed") is None:
+        raise LalicError("the launcher asks for DeepSpeed, which is not installed: pip install 'lalic[deepspeed]'")
     source, given = _given()
     zero = given.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, dict) else None
