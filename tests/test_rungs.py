@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from lalic.data_prep import shard
+from PIL import Image
 from pytorch_msssim import ms_ssim
 from test_loader import loader, made, shards  # noqa: F401 -- fixtures among them
 from test_loss import made_up_output
@@ -336,6 +338,23 @@ class TestRun:
         shown = " ".join(rf"q{q} \d\.\d{{3}}/\d+\.\d" if q in drawn else f"q{q} -" for q in (1, 2, 3, 4))
         assert re.search(rf"loss \d+\.\d+ bpp \d+\.\d+ psnr \d+\.\d+ {shown} aux", line), line
         assert any("one model for q1 to q4" in message for message in caplog.messages)
+
+    def test_ms_ssim(self, config_path: Path, tmp_path: Path) -> None:
+        (tmp_path / "large").mkdir()
+        for path in sorted((config_path.parent / "images").iterdir())[:2]:
+            Image.open(path).resize((200, 200)).save(tmp_path / "large" / path.name)
+        folders = ["--input", str(tmp_path / "large"), "--output", str(tmp_path / "shards")]
+        shard.main([*folders, "--min-side", "64", "--workers", "1"])
+        settings = ["loss.metric=ms-ssim", RANGE, "stages=[{steps: 1, lr: 1e-4, crop: 192}]", "data.val_crop=192"]
+        settings += [f"data.shards={tmp_path}/shards", f"data.val={tmp_path}/large", "train.batch_size=2"]
+        assert run(config_path, tmp_path / "run", *settings) == 0
+        for kind, keys in (("train", {"samples"}), ("validation", {"bpp_y", "bpp_z", "mse"})):
+            (line,) = records(tmp_path / "run", kind)
+            for q, values in line["rungs"].items():
+                assert values.keys() == {"loss", "bpp", "psnr", "ms_ssim"} | keys
+                if values["bpp"] is not None:
+                    expected = MS_SSIM[int(q)] * (1 - values["ms_ssim"]) + values["bpp"]
+                    assert values["loss"] == pytest.approx(expected, rel=1e-4)
 
     def test_status(self, trained: Path, tmp_path: Path) -> None:
         found = read_status(trained)
