@@ -4,11 +4,12 @@
 
 One rate (q4), new weights, float32, a constant learning rate after a short warm-up, averaged weights (short_runs.py).
 Every learning rate is trained with every seed; a seed sets weights, order, crops and noise, the same for both
-optimisers. `--staged` is the plan for small machines, successive halving with the first seed: Adam's rates for a
-sixth of its steps, the better half of them for a third, the best one to the end and with the other seeds; Muon's rates
-for a twelfth and a sixth of Adam's steps, likewise.
+optimisers. `--staged` is the plan for small machines, with the first seed: Adam's rates for a sixth of its steps, the
+better half of them to the end; Muon's rates for a twelfth of Adam's steps, the better half for a sixth, the best one to
+the end. The best one of each is then trained with the other seeds.
 
-The question: after which part of Adam's time has Muon the loss that Adam has at its end, seed by seed? Time is told
+The question, seed by seed: after which part of Adam's time has Muon the least loss that any of Adam's runs with that
+seed has on its way? Time is told
 in two ways: processor seconds of the runs, each on one thread, and wall-clock time on two cores, which is steps times
 the duration of a step as both optimisers take them in turns in one process of two threads (median of the turns'
 ratios). Ends with 1 when the
@@ -81,10 +82,15 @@ def run_all(
 
 
 def screening(optimizer: str, arguments: argparse.Namespace) -> list[int]:
-    """Steps at which the worse half of the learning rates is left behind."""
+    """Steps at which the worse half of the learning rates is left behind.
+
+    The last two of Adam's go to the end: one that is good at first may be too high later.
+    """
     first = arguments.adam_steps // (6 if optimizer == "adam" else 12)
+    steps = getattr(arguments, f"{optimizer}_steps")
     halvings = max(1, (len(getattr(arguments, f"{optimizer}_rates")) - 1).bit_length())
-    return [min(first * 2**i, getattr(arguments, f"{optimizer}_steps")) for i in range(halvings)]
+    found = [min(first * 2**i, steps) for i in range(halvings)]
+    return [*found[:-1], steps] if optimizer == "adam" else found
 
 
 def best_rate(runs: Mapping[float, Mapping[int, Points]], quality: int) -> float:
@@ -92,11 +98,24 @@ def best_rate(runs: Mapping[float, Mapping[int, Points]], quality: int) -> float
     return min(runs, key=lambda rate: statistics.median(loss_of(points, quality) for points in runs[rate].values()))
 
 
-def reach(adam: Points, muon: Points, quality: int) -> dict[str, Any]:
-    """Where Muon first has the loss that Adam has at its end: the first point at or below it; None for never."""
-    goal = loss_of(adam, quality)
+def goals_of(runs: Mapping[float, Mapping[int, Points]], quality: int) -> dict[int, float]:
+    """Of each seed the least loss that a run has at any of its points."""
+    seeds: dict[int, list[dict[str, Any]]] = {}
+    for of_rate in runs.values():
+        for seed, points in of_rate.items():
+            seeds.setdefault(seed, []).extend(points)
+    return {seed: min(loss_of([point], quality) for point in points) for seed, points in seeds.items()}
+
+
+def reach(adam: Points, muon: Points, goal: float, quality: int) -> dict[str, Any]:
+    """Where Muon first has the loss `goal`: the first point at or below it; None for never. Shares are of `adam`."""
     reached = next((p for p in muon if p["heldout"][str(quality)]["loss"] <= goal), None)
-    row: dict[str, Any] = {"loss": goal, "adam_steps": adam[-1]["step"], "adam_seconds": adam[-1]["seconds"]}
+    row: dict[str, Any] = {
+        "loss": goal,
+        "adam_end": loss_of(adam, quality),
+        "adam_steps": adam[-1]["step"],
+        "adam_seconds": adam[-1]["seconds"],
+    }
     if reached is None:
         return {**row, "steps": None, "seconds": None, "of_steps": None, "of_seconds": None}
     return {
@@ -111,10 +130,10 @@ def reach(adam: Points, muon: Points, quality: int) -> dict[str, Any]:
 def compare(runs: Runs, rates: Mapping[str, float], speed: Mapping[str, Any], quality: int) -> dict[str, Any]:
     """Muon's best learning rate against Adam's, seed by seed, and the medians over the seeds."""
     adam, muon = (runs[optimizer][rates[optimizer]] for optimizer in OPTIMIZERS)
-    ratio = speed["muon"]["ratio"]
+    goals, ratio = goals_of(runs["adam"], quality), speed["muon"]["ratio"]
     seeds = {}
     for seed in adam:
-        row = reach(adam[seed], muon[seed], quality)
+        row = reach(adam[seed], muon[seed], goals[seed], quality)
         row["of_wall_clock"] = None if row["of_steps"] is None else row["of_steps"] * ratio
         seeds[str(seed)] = row
     shares = ("of_steps", "of_seconds", "of_wall_clock")
@@ -248,7 +267,7 @@ def report(result: Mapping[str, Any]) -> str:
             f"{memory[name]['state_mib']:.1f} MiB"
         )
     for seed, row in compared["seeds"].items():
-        begin = f"seed {seed}: Adam at {row['adam_steps']} steps: loss {row['loss']:.3f}; Muon"
+        begin = f"seed {seed}: Adam within {row['adam_steps']} steps: loss {row['loss']:.3f}; Muon"
         lines.append(
             f"{begin} never has it"
             if row["steps"] is None
@@ -272,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for optimizer in arguments.optimizers:
         goals = None
         if arguments.stop and "adam" in runs:
-            adam = runs["adam"][rates["adam"]]
-            goals = {seed: loss_of(points, arguments.quality) for seed, points in adam.items()}
+            goals = goals_of(runs["adam"], arguments.quality)
         rates[optimizer], runs[optimizer] = run_all(setup, arguments, optimizer, goals)
     if len(runs) < len(OPTIMIZERS):
         return 0
@@ -312,7 +330,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--adam-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3], metavar="LR")
     parser.add_argument("--muon-rates", type=float, nargs="+", default=[1.5e-3, 3e-3, 6e-3, 1.2e-2], metavar="LR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--adam-steps", type=int, default=3000, help="whose loss Muon is to reach (%(default)s)")
+    parser.add_argument(
+        "--adam-steps", type=int, default=3000, help="in which Adam has the loss that Muon is to reach (%(default)s)"
+    )
     parser.add_argument("--muon-steps", type=int, default=1200, help="at most (%(default)s)")
     parser.add_argument(
         "--stop", action="store_true", help="with --staged: end Muon's runs at the loss that they are to reach"

@@ -567,7 +567,7 @@ def optimizers(result: dict[str, Any]) -> str:
     ]
     reached.append(("**median**", "", "", *(f"**{_percent(found['median'][key])}**" for key in _SHARES)))
     adam_steps = next(iter(found["seeds"].values()))["adam_steps"]
-    heads = ("seed", f"Adam's loss at {adam_steps:,} steps", "Muon has it at step", "of its steps")
+    heads = ("seed", f"Adam's least loss in {adam_steps:,} steps", "Muon has it at step", "of its steps")
     heads += ("of its processor time", f"of its wall-clock time, {result['speed_threads']} threads")
     costs = [
         (

@@ -66,13 +66,18 @@ def curve(losses: list[float], every: int = 100, seconds: float = 1.0, quality: 
 
 class TestReach:
     def test_by_hand(self) -> None:
-        row = optimizers.reach(curve([9.0, 5.0, 3.0]), curve([6.0, 3.0, 2.0], seconds=2.0), 4)
-        assert (row["loss"], row["steps"], row["seconds"]) == (3.0, 200, 400.0)
+        row = optimizers.reach(curve([9.0, 5.0, 3.0]), curve([6.0, 3.0, 2.0], seconds=2.0), 3.0, 4)
+        assert (row["loss"], row["adam_end"], row["steps"], row["seconds"]) == (3.0, 3.0, 200, 400.0)
         assert row["of_steps"] == pytest.approx(2 / 3) and row["of_seconds"] == pytest.approx(4 / 3)
 
     def test_never(self) -> None:
-        row = optimizers.reach(curve([9.0, 2.0]), curve([6.0, 2.1]), 4)
+        row = optimizers.reach(curve([9.0, 2.0]), curve([6.0, 2.1]), 2.0, 4)
         assert row["steps"] is None and row["of_seconds"] is None
+
+    def test_the_goal_is_the_least_loss_of_any_run_of_the_seed(self) -> None:
+        """A learning rate may go wrong late: what it had before counts."""
+        runs = {1e-3: {1: curve([9.0, 4.0]), 2: curve([9.0, 5.0])}, 2e-3: {1: curve([3.0, 7.0])}}
+        assert optimizers.goals_of(runs, 4) == {1: 3.0, 2: 5.0}
 
     def test_the_median_of_seeds_in_wall_clock_time(self) -> None:
         """Muon gets there after 2/4, 1/4 and never: the median is 2/4 of the steps, which take 1.5 times as long."""
@@ -117,7 +122,7 @@ class TestStagedPlan:
         asked = self.trained(monkeypatch, "adam", "--staged")
         assert asked == [
             *((rate, 1, 500) for rate in (1e-3, 2e-3, 4e-3, 8e-3)),
-            *((rate, 1, 1000) for rate in (4e-3, 2e-3)),
+            *((rate, 1, 3000) for rate in (4e-3, 2e-3)),
             *((4e-3, seed, 3000) for seed in (1, 2, 3)),
         ]
 
