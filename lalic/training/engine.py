@@ -118,7 +118,9 @@ def build_engine(accelerator: Accelerator, model: LALIC, train: TrainSection) ->
     from lalic.training.engine_deepspeed import DeepSpeedEngine
 
     settings = deepspeed_settings(train, accelerator.num_processes)
-    return DeepSpeedEngine(accelerator, model, MainAdam(parameters), settings)
+    # DeepSpeed takes torch's own class alone.
+    adam = torch.optim.Adam(parameters, lr=0.0, fused=True)
+    return DeepSpeedEngine(accelerator, model, adam, settings)
 
 
 class DDPEngine:
