@@ -1,4 +1,4 @@
-"""What the published recipe costs on clusters: hours, GPU-hours and money, for one rate and for the ladder of six.
+"""What a recipe costs on clusters: the published one for one rate and for six, and one model of all rates by Muon.
 
     python benchmarks/cluster_cost.py [--output FILE.json] [--price 3] [--efficiency 8=0.95 64=0.9 256=0.85] ...
     python benchmarks/cluster_cost.py --measured benchmarks/results/train_step_cuda.json
@@ -9,6 +9,11 @@ everything else is assumed and can be given. The stages and their epochs are tho
 batch, so the global batch grows with the GPUs: that is another recipe than the published one of batch 8, whose learning
 rate has to be found anew. The ladder is trained one rate after another on all GPUs; side by side, each rate on a sixth
 of them, takes the same time with smaller batches.
+
+The second table is a whole curve by both recipes: six published trainings, and the one of `--fast`, which trains a
+model on all rates. Its batch is that of its config, or as many images as fill all GPUs. What Muon adds to a step is
+assumed, a little above what was counted (benchmarks/optimizer_launches.py), and was not measured on a GPU. Whether the
+weights are as good is another question: docs/recipe.md.
 """
 
 from __future__ import annotations
@@ -68,6 +73,9 @@ class Assumptions:
     """What a step at crop 512 costs, in steps at crop 256: it has four times the pixels."""
     overhead: float = 0.02
     """Share of the time that goes on validation, checkpoints and starts."""
+    muon: float = 0.3
+    """What Muon adds to a step of any batch, in steps of 8 images at crop 256. Counted are 22 % of the operations of
+    such a step and 14 % of its launches."""
 
 
 EFFICIENCY = {1: 1.0, 8: 0.95, 64: 0.90, 256: 0.85}
@@ -109,6 +117,34 @@ def cost(
         "efficiency": efficiency,
         "one": one,
         "six": ladder,
+    }
+
+
+def fast_cost(
+    stages: Sequence[Mapping[str, Any]], batch: int, time: StepTime, gpus: int, efficiency: float, assumed: Assumptions
+) -> dict[str, Any]:
+    """One row: one training on all rates by Muon. A GPU takes `time.batch` images at once, several times in a step
+    where `batch` asks for more than all GPUs hold."""
+    together = gpus * time.batch
+    times_each = max(1, -(-batch // together))
+    batch = times_each * together
+    steps = seconds = 0.0
+    for stage in stages:
+        count = -(-stage["images"] // batch)
+        steps += count
+        times = 1 + (assumed.crop_512 - 1) * ((stage["crop"] / 256) ** 2 - 1) / 3
+        seconds += (
+            count * (times_each * time.seconds * times + assumed.muon * time.seconds * 8 / time.batch) / efficiency
+        )
+    hours = seconds / (1 - assumed.overhead) / 3600
+    return {
+        "gpus": gpus,
+        "global_batch": batch,
+        "steps": int(steps),
+        "efficiency": efficiency,
+        "hours": hours,
+        "gpu_hours": hours * gpus,
+        "dollars": hours * gpus * assumed.price,
     }
 
 
@@ -174,6 +210,35 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def curve_table(result: Mapping[str, Any]) -> str:
+    """A whole curve by both recipes, as Markdown."""
+    fast, assumed = result["curve"], result["assumptions"]
+    parts = [f"{s['epochs']} epochs at crop {s['crop']}" for s in fast["recipe"]]
+    stages = "; ".join([*parts, f"batch {fast['batch']} or more"])
+    lines = [
+        f"Six trainings as above, and one of `configs/{fast['config']}` ({stages}). **Assumed** besides the above: "
+        f"Muon adds {assumed['muon']:g} of a step of 8 images at crop 256 to every step.",
+        "",
+    ]
+    titles = ("step", "GPUs", "six, as published: GPU-hours", "$", "one, by Muon: global batch", "steps", "hours")
+    titles += ("GPU-hours", "$", "of six")
+    lines += ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for time, published, rows in zip(result["step_times"], result["rows"], fast["rows"], strict=True):
+        for six, row in zip(published, rows, strict=True):
+            cells = (
+                f"{1e3 * time['seconds']:.0f} ms, {time['kind']}",
+                str(row["gpus"]),
+                figure(six["six"]["gpu_hours"]),
+                figure(six["six"]["dollars"]),
+                str(row["global_batch"]),
+                f"{row['steps']:,}",
+                *(figure(row[key]) for key in ("hours", "gpu_hours", "dollars")),
+                f"{100 * row['gpu_hours'] / six['six']['gpu_hours']:.0f} %",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def figure(value: float) -> str:
     """Two digits where they matter, whole numbers with separators from ten on."""
     return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}"
@@ -204,13 +269,14 @@ def _positive(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Print the table, and write the figures."""
+    from lalic.config import read_config
     from lalic.errors import LalicError
     from lalic.files import write_json
 
     args = _parser().parse_args(argv)
-    assumed = Assumptions(int(args.images), args.price, args.crop_512, args.overhead)
-    if not 0 <= assumed.overhead < 1 or assumed.images < 1:
-        raise LalicError("--overhead is a share, 0 or more and less than 1, and --images 1 or more")
+    assumed = Assumptions(int(args.images), args.price, args.crop_512, args.overhead, args.muon)
+    if not 0 <= assumed.overhead < 1 or assumed.images < 1 or not 0 <= assumed.muon < 100:
+        raise LalicError("--overhead is a share, 0 or more and less than 1, --images 1 or more, --muon 0 or more")
     times = list(STEP_TIMES)
     if args.measured:
         try:
@@ -220,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     elif args.step_time:
         kind = "measured" if args.measured_on else "assumed"
         times = [StepTime(args.step_time, args.batch, kind, args.measured_on or "given with --step-time")]
-    stages = recipe(args.config, assumed.images)
+    stages, fast = recipe(args.config, assumed.images), recipe(args.fast, assumed.images)
+    batch = read_config(args.fast).train.batch_size
     efficiency = dict(sorted(args.efficiency)) if args.efficiency else EFFICIENCY
     words = [*(sys.argv[1:] if argv is None else argv)]
     result = {
@@ -230,10 +297,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         "assumptions": asdict(assumed),
         "step_times": [asdict(time) for time in times],
         "rows": [[cost(stages, time, n, share, assumed) for n, share in efficiency.items()] for time in times],
+        "curve": {
+            "config": args.fast.name,
+            "recipe": fast,
+            "batch": batch,
+            "rows": [
+                [fast_cost(fast, batch, time, n, share, assumed) for n, share in efficiency.items()] for time in times
+            ],
+        },
     }
     if args.output:
         write_json(args.output, result)
-    print(table(result))
+    print(f"{table(result)}\n\n{curve_table(result)}")
     return 0
 
 
@@ -241,6 +316,9 @@ def _parser() -> argparse.ArgumentParser:
     default = Assumptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "lalic.yaml", help="the recipe's stages")
+    parser.add_argument(
+        "--fast", type=Path, default=ROOT / "configs" / "lalic-fast.yaml", help="of one model for all rates"
+    )
     parser.add_argument("--images", type=_positive, default=default.images, help="of the training set (%(default)s)")
     parser.add_argument("--price", type=_positive, default=default.price, help="$ for a GPU-hour (%(default)s)")
     parser.add_argument(
@@ -251,6 +329,9 @@ def _parser() -> argparse.ArgumentParser:
         "--crop-512", type=_positive, default=default.crop_512, help="cost of a step at crop 512 (%(default)s)"
     )
     parser.add_argument("--overhead", type=float, default=default.overhead, help="share besides steps (%(default)s)")
+    parser.add_argument(
+        "--muon", type=float, default=default.muon, help="what Muon adds to a step, in steps of 8 images (%(default)s)"
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--measured", type=Path, help="take the step times of this result of benchmarks/train_step.py")
     given.add_argument("--step-time", type=_positive, help="seconds of a step on one GPU, in place of those known")

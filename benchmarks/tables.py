@@ -529,16 +529,121 @@ def published_bundle(result: dict[str, Any]) -> str:
 
 
 def cluster_cost(result: dict[str, Any]) -> str:
+    from benchmarks.cluster_cost import curve_table
     from benchmarks.cluster_cost import table as costs
 
     origin = f"Arithmetic on step times, not a measurement: `{result['command']}`"
-    return "\n\n".join(["## What the published recipe costs on a cluster", origin, costs(result)])
+    curve = ["### A whole curve by both recipes", curve_table(result)]
+    return "\n\n".join(["## What the published recipe costs on a cluster", origin, costs(result), *curve])
 
 
 def linear_bound(result: dict[str, Any]) -> str:
     rows = [[m, f"{psnr:.2f}"] for m, psnr in result["psnr"].items()]
     note = "PSNR of Kodak when blocks of 16x16 keep M principal components, unquantised."
     return section("What a linear transform would reach", result, note, table(["channels M", "PSNR, dB"], rows))
+
+
+def optimizers(result: dict[str, Any]) -> str:
+    s, found = result["settings"], result["compared"]
+    losses = [
+        (
+            name,
+            rate,
+            *(_reached(points, s["quality"]) for points in seeds.values()),
+        )
+        for name, rates in result["runs"].items()
+        for rate, seeds in sorted(rates.items(), key=lambda item: float(item[0]))
+    ]
+    most = max(len(row) for row in losses) - 2
+    losses = [(*row, *[""] * (most + 2 - len(row))) for row in losses]
+    titles = ("optimiser", "learning rate", *(f"seed {seed}: loss (steps)" for seed in found["seeds"]))
+    reached = [
+        (
+            seed,
+            f"{r['loss']:.3f}",
+            *(("never", "", "", "") if r["steps"] is None else (r["steps"], *(_percent(r[key]) for key in _SHARES))),
+        )
+        for seed, r in found["seeds"].items()
+    ]
+    reached.append(("**median**", "", "", *(f"**{_percent(found['median'][key])}**" for key in _SHARES)))
+    adam_steps = next(iter(found["seeds"].values()))["adam_steps"]
+    heads = ("seed", f"Adam's least loss in {adam_steps:,} steps", "Muon has it at step", "of its steps")
+    heads += ("of its processor time", f"of its wall-clock time, {result['speed_threads']} threads")
+    costs = [
+        (
+            name,
+            f"{found['rates'][name]:g}",
+            f"{speed['ms']:.0f} ({speed['ratio']:.2f}x)",
+            f"{result['memory'][name]['peak_mib']:.0f}",
+            f"{result['memory'][name]['state_mib']:.1f}",
+        )
+        for name, speed in result["speed"].items()
+    ]
+    titles_of_costs = ("optimiser", "learning rate", "ms a step", "peak MiB", "MiB of its state")
+    text = (
+        f"The model of `configs/{s['config']}`, q{s['quality']}, {s['precision']}, batch {s['batch']}, crop "
+        f"{s['crop']}; averaged weights on {s['heldout']} held-out photographs (the {s['val_crop']} pixels square in "
+        f"their middle). Clock: {result['clock']}. ms: median of turns on {result['speed_threads']} threads, and the "
+        "median ratio of the turns. The target is 35 % of the wall-clock time."
+    )
+    return section(
+        "Adam and Muon", result, text, table(heads, reached), table(titles_of_costs, costs), table(titles, losses)
+    )
+
+
+_SHARES = ("of_steps", "of_seconds", "of_wall_clock")
+
+
+def _percent(share: float | None) -> str:
+    return "never" if share is None else f"{100 * share:.1f} %"
+
+
+def _reached(points: list[dict[str, Any]], quality: int) -> str:
+    """Where a run ended."""
+    return f"{points[-1]['heldout'][str(quality)]['loss']:.3f} ({points[-1]['step']:,})"
+
+
+def rates(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    low, high = s["quality"]
+    rungs = [str(rung) for rung in range(low, high + 1)]
+    rows = [
+        (
+            f"{row['steps']:,}",
+            f"{row['steps_of_each']:,}",
+            f"{row['steps_of_each'] * len(rungs):,}",
+            f"{row['bd_rate']:+.1f} %" if row["bd_rate"] is not None else row["reason"],
+            *(f"{100 * row['loss'][rung]:+.1f} %" for rung in rungs),
+        )
+        for question in ("shared", "apart")
+        for row in result[question]
+    ]
+    titles = ("steps of the one model", "of each single one", "together", "BD-rate of the one")
+    values = [
+        (f"{name}, {steps:,} steps", *(f"{m['loss']:.3f} ({m['bpp']:.3f}, {m['psnr']:.2f})" for m in ladder.values()))
+        for name, steps, ladder in _ladders(result)
+    ]
+    text = (
+        f"The model of `configs/{s['config']}`, Muon at {s['lr']:g}, seed {s['seed']}, {s['precision']}, batch "
+        f"{s['batch']}, crop {s['crop']}; averaged weights on {s['heldout']} held-out photographs, estimated rate. "
+        "Negative: the one model is better. The target is -15 % where the single ones share its steps."
+    )
+    return section(
+        "One model for several rates",
+        result,
+        text,
+        table((*titles, *(f"loss, q{rung}" for rung in rungs)), rows),
+        table(("loss (bpp, PSNR)", *(f"q{rung}" for rung in rungs)), values),
+    )
+
+
+def _ladders(result: dict[str, Any]) -> list[tuple[str, int, dict[str, dict[str, float]]]]:
+    """Every ladder of the rows once: (whose, steps, rungs)."""
+    found = {}
+    for row in (*result["shared"], *result["apart"]):
+        found["single ones", row["steps_of_each"]] = row["singles"]
+        found["the one model", row["steps"]] = row["one"]
+    return [(name, steps, ladder) for (name, steps), ladder in sorted(found.items())]
 
 
 def optimizer_launches(result: dict[str, Any]) -> str:
@@ -578,6 +683,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "fuzz_codec": fuzz_codec,
     "fuzz_header": fuzz_header,
     "linear_bound": linear_bound,
+    "optimizers": optimizers,
+    "rates": rates,
     "optimizer_launches": optimizer_launches,
     "cluster_cost": cluster_cost,
 }

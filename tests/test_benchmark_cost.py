@@ -14,7 +14,17 @@ from checkout_root import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.cluster_cost import Assumptions, StepTime, cost, main, measured_in, recipe, table
+from benchmarks.cluster_cost import (
+    Assumptions,
+    StepTime,
+    cost,
+    curve_table,
+    fast_cost,
+    main,
+    measured_in,
+    recipe,
+    table,
+)
 from lalic.errors import LalicError
 
 STAGES = [
@@ -52,6 +62,30 @@ def test_the_published_recipe() -> None:
     row = cost(stages, StepTime(0.33, 8, "measured", ""), 1, 1.0, Assumptions(overhead=0.0))
     assert row["steps"] == 2_400_000
     assert row["one"]["hours"] == pytest.approx(0.33 * (2_200_000 + 4 * 200_000) / 3600)
+
+
+class TestWholeCurve:
+    def test_by_hand(self) -> None:
+        """Ten images at once, 40 to a batch: four passes of 0.1 s; Muon adds 0.5 of the 0.08 s that 8 images take."""
+        time = StepTime(0.1, 10, "assumed", "")
+        assumed = Assumptions(1000, 2.0, 4.0, 0.0, muon=0.5)
+        alone = fast_cost(STAGES, 40, time, 1, 1.0, assumed)
+        assert (alone["global_batch"], alone["steps"]) == (40, 50 + 25)
+        assert alone["hours"] == pytest.approx((50 * (4 * 0.1 + 0.04) + 25 * (4 * 0.4 + 0.04)) / 3600)
+        assert alone["dollars"] == pytest.approx(2 * alone["gpu_hours"])
+
+    def test_more_gpus_than_the_batch_fills(self) -> None:
+        time = StepTime(0.1, 10, "assumed", "")
+        row = fast_cost(STAGES, 40, time, 10, 0.5, Assumptions(1000, 2.0, 4.0, 0.0, muon=0.0))
+        assert (row["global_batch"], row["steps"]) == (100, 20 + 10)
+        assert row["gpu_hours"] == pytest.approx(10 * (20 * 0.1 + 10 * 0.4) / 0.5 / 3600)
+
+    def test_the_fast_recipe_is_a_tenth_of_six_published_ones(self) -> None:
+        assumed = Assumptions(overhead=0.0, muon=0.0)
+        time = StepTime(0.33, 8, "measured", "")
+        published, fast = (recipe(ROOT / "configs" / f"{name}.yaml", 400_000) for name in ("lalic", "lalic-fast"))
+        six = cost(published, time, 1, 1.0, assumed)["six"]["gpu_hours"]
+        assert fast_cost(fast, 32, time, 1, 1.0, assumed)["gpu_hours"] == pytest.approx(six / 10, rel=1e-3)
 
 
 def test_a_recipe_in_steps_is_refused() -> None:
@@ -126,3 +160,9 @@ def test_committed_figures_are_those_of_the_script(tmp_path: Path) -> None:
     report = (ROOT / "docs" / "training-report.md").read_text()
     rows = [line for line in table(committed).splitlines() if re.search(r"\| (8|64|256) \| [\d,]+ \| [\d,]+ \|", line)]
     assert len(rows) == 6 and all(row in report for row in rows)
+    assert curve_table(committed) in (ROOT / "benchmarks" / "README.md").read_text()
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    rows = [
+        line for line in curve_table(committed).splitlines() if re.search(r"(measured|assumed) \| (1|8|64) \|", line)
+    ]
+    assert len(rows) == 6 and all(row in page for row in rows)

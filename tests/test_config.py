@@ -197,7 +197,10 @@ def test_written_config_reads_back(base: Path, tmp_path: Path) -> None:
     assert yaml.safe_load(path.read_text())["loss"]["lambda"] == 1e-7
 
 
-@pytest.mark.parametrize("name", ["lalic", "small", "demo"])
+CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_configs(root: Path, name: str) -> None:
     config = read_config(root / "configs" / f"{name}.yaml")
     assert config.train.clip == 1.0
@@ -214,6 +217,17 @@ def test_lalic_is_the_published_recipe(root: Path) -> None:
     assert [s.t_max for s in config.stages] == [128 * 128, 128 * 128, 256 * 256]
     assert config.train.batch_size == 8 and config.train.precision == "fp32" and not config.data.flip
     assert config.model.depths == (2, 4, 6, 6)
+
+
+def test_the_fast_recipe(root: Path) -> None:
+    config, published = (read_config(root / "configs" / f"{name}.yaml") for name in ("lalic-fast", "lalic"))
+    assert config.model == published.model
+    assert config.loss.rungs == (1, 2, 3, 4, 5, 6) and config.loss.metric == "mse"
+    assert config.train.optimizer == "muon" and config.train.ema is not None and config.train.precision == "bf16"
+    assert config.stages[0].warmup > 0 and config.stages[-1].crop == 512
+    # The learning rate goes on from stage to stage.
+    assert config.stages[0].lr_end == config.stages[1].lr
+    assert all(stage.decay == "cosine" for stage in config.stages)
 
 
 def test_every_key_has_a_docstring() -> None:
