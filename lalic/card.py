@@ -192,7 +192,8 @@ def model_card(
         depths=config["model"]["depths"],
         groups=config["model"]["groups"],
         parameters=parameters,
-        loss="lambda * 255^2 * MSE + bpp" if loss["metric"] == "mse" else "lambda * (1 - MS-SSIM) + bpp",
+        loss=("lambda * 255^2 * MSE + bpp" if loss["metric"] == "mse" else "lambda * (1 - MS-SSIM) + bpp")
+        + (", divided by the root of lambda over the geometric middle of all" if rungs else ""),
         training=steps,
         kind={"ema": "exponential moving average over the training, ", "raw": "those of the last step, "}.get(
             config.get("weights") or "", ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lalic.errors import LalicError
+from lalic.published import DATASETS, images_of
 from lalic.release_files import read_json
 
 NAMES = {
@@ -49,7 +50,7 @@ def _entries(report: Mapping[str, Any], fingerprint: str) -> list[dict[str, Any]
         images = report["images"]
         entries.append(
             {
-                "dataset": report.get("dataset") or images.get("dataset") or Path(images["folder"]).name or "images",
+                "dataset": report.get("dataset") or images.get("dataset") or _name_of_folder(images),
                 **({} if model.get(QUALITY) is None else {"quality": float(model[QUALITY])}),
                 "images": images["used"],
                 "coding": "estimated" if "coding: estimation" in report["description"] else "real",
@@ -112,6 +113,12 @@ def model_index(name: str, entries: Sequence[Mapping[str, Any]]) -> list[dict[st
         if entry["metrics"]
     ]
     return [{"name": name, "results": results}] if results else []
+
+
+def _name_of_folder(images: Mapping[str, Any]) -> str:
+    """For results that name no test set. A part of one is not told as the whole, whatever its folder is called."""
+    name = Path(images["folder"]).name or "images"
+    return f"part-of-{name}" if name in DATASETS and images["used"] < images_of(name) else name
 
 
 def _dataset_name(entry: Mapping[str, Any]) -> str:

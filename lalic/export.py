@@ -41,6 +41,7 @@ from typing import Any
 
 from lalic.card import Licence
 from lalic.card_evaluation import joined, read_evaluations
+from lalic.codec.quality import parse_quality
 from lalic.errors import LalicError, run_main
 from lalic.ladder import LADDERS, MSE, lambda_of, loss_name
 from lalic.release import Weights, in_precision, open_checkpoint, open_weights, write_bundle
@@ -263,6 +264,14 @@ def best_step(run: Path) -> int:
     return int(best["step"])
 
 
+def _quality(text: str) -> float:
+    """One --quality; whether the weights have it is asked later."""
+    try:
+        return parse_quality(text)
+    except LalicError as error:
+        raise LalicError(f"{error}; several are named one by one: --quality 1 2 3") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lalic.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -281,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     multiplier = parser.add_mutually_exclusive_group()
     multiplier.add_argument(
         "--quality",
-        type=float,
+        type=_quality,
         nargs="+",
         metavar="Q",
         help="of weights of several rates: a bundle of one rate for each; of others: the label, which gives lambda",

@@ -36,6 +36,11 @@ def published(dataset: str, metric: str | None = None) -> list[Curve]:
     return [curve for curve in curves if metric is None or curve.has(metric)]
 
 
+def images_of(dataset: str) -> int:
+    """How many pictures a test set has."""
+    return int(_data(dataset)["images"])
+
+
 def title_of(dataset: str) -> str:
     """What people call a test set, with the number of its pictures."""
     return str(_data(dataset)["title"])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,12 +67,27 @@ def _write_weights(folder: Path, name: str, weights: Weights) -> None:
     else:
         once = deduplicate(state)
         if weights.model.rates is None:  # the published code has no gains
-            torch.save(state, folder / f"{name}.pth")
-    # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
-    save_file(once, folder / SAFETENSORS, metadata={"format": "pt"})
+            with _told_in_one_line(folder):
+                torch.save(state, folder / f"{name}.pth")
+    with _told_in_one_line(folder):
+        # One metadata entry only: their order in the file is random, and equal weights shall give equal files.
+        save_file(once, folder / SAFETENSORS, metadata={"format": "pt"})
     # save_file makes it readable for the owner alone.
     (folder / CONFIG).touch()
     shutil.copymode(folder / CONFIG, folder / SAFETENSORS)
+
+
+@contextmanager
+def _told_in_one_line(folder: Path) -> Iterator[None]:
+    """Both libraries raise errors of their own where the system has no more room."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free >> 20
+        raise LalicError(
+            f"{folder.parent}: the weights cannot be written; {free} MiB are free on this disk: make room or choose "
+            "another --output"
+        ) from error
 
 
 def check_finite(state: Mapping[str, Tensor], name: str) -> None:

@@ -61,7 +61,8 @@ def text(status: RunStatus, now: float | None = None) -> str:
         ("validation", _measured(status.validation), (status.validation or {}).get("rungs")),
         ("best", _measured(status.best), None),
     ):
-        lines += [f"{name}: {values}"] if values else []
+        weighed = " (mean of the rungs, each loss weighed)" if rungs else ""
+        lines += [f"{name}: {values}{weighed}"] if values else []
         lines += _rungs(rungs, status.lambdas or {})
     if status.images_per_second is not None:
         memory = f", memory {status.memory_gib:.1f} GiB" if status.memory_gib is not None else ""

@@ -141,7 +141,9 @@ class _Bundle:
         except LalicError as error:
             raise LalicError(f"{CONFIG}: {error}") from error
         several = isinstance(quality, list)
-        if (config.get("name"), config.get("quality")) != (name, quality):
+        if config.get("quality") != quality:
+            raise LalicError(f"{CONFIG}: quality is {config.get('quality')!r}, but {quality!r} by model and loss")
+        if config.get("name") != name:
             what = f"the qualities {quality}" if several else f"lambda {float(loss['lambda']):g}"
             raise LalicError(f"{CONFIG} is named {config.get('name')!r}, but {loss['metric']}, {what} is {name}")
         precision, pth = config.get("precision", FLOAT32), [file for file in self.sums if file.endswith(".pth")]

@@ -56,6 +56,13 @@ class TestEvaluations:
         assert "| PSNR (dB, RGB, 8-bit) | 31.5000 |" in text and "24 images of kodak" in text
         assert "psnr | 21.5" in text, "what the bundle knew before is kept"
 
+    def test_a_part_of_a_test_set_is_not_told_as_the_whole(self, model: LALIC, bundle: Path, tmp_path: Path) -> None:
+        result = write_result(tmp_path / "part.json", model, images={"folder": "/data/kodak", "used": 2})
+        main(["--checkpoint", str(bundle), "--output", str(bundle.parent), "--eval", str(result), "--force"])
+        text = (bundle / "README.md").read_text()
+        assert "2 images of part-of-kodak" in text
+        assert "type: kodak\n" not in text
+
     def test_stay_and_are_replaced(self, model: LALIC, bundle: Path, tmp_path: Path) -> None:
         kodak = write_result(tmp_path / "a.json", model)
         clic = write_result(tmp_path / "b.json", model, dataset="clic_professional_valid")

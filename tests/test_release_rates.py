@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rates_samples import RUNGS, loss_of, metrics_of, rates_model, write_rates_run
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_export import tiny_model, weights_of
 from test_export_several import check, files_of, write_run
@@ -130,6 +131,7 @@ class TestAllRates:
         for part in (
             "one model for all qualities from 1 to 6 of the ladder",
             "lambda = 0.0018 to 0.0483",
+            "lambda * 255^2 * MSE + bpp, divided by the root of lambda",
             f"lalic compress photo.png photo.lalic --weights {bundle.name} --quality 4.3",
             f"-p {bundle.name} -q 1 2 3 4 5 6 ",
             'encode_image(model, read_rgb("photo.png"), quality=4.3)',
@@ -312,6 +314,28 @@ class TestFolded:
         assert verify([str(tmp_path)]) == 0
 
 
+    @pytest.mark.parametrize("library", ["torch", "safetensors"])
+    def test_a_full_disk_that_the_libraries_tell_in_their_own_way(
+        self,
+        run: Path,
+        tmp_path: Path,
+        library: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """As they do on a full disk: torch.save raises RuntimeError, save_file SafetensorError."""
+        from lalic import release_contents
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise RuntimeError("unexpected pos 1 vs 0") if library == "torch" else SafetensorError("I/O error")
+
+        monkeypatch.setattr(*((torch, "save") if library == "torch" else (release_contents, "save_file")), fail)
+        assert main(["--run", str(run), "--output", str(tmp_path), "--quality", "1", "2"]) == 1
+        err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(err) == 2 and all("the weights cannot be written" in line and "MiB are free" in line for line in err)
+        assert not list(tmp_path.glob("*lalic-*"))
+
+
 class TestSeveralRuns:
     def test_a_range_beside_single_rates(self, run: Path, tmp_path: Path) -> None:
         single = write_run(tmp_path / "single", 3)
@@ -335,7 +359,8 @@ class TestBadInput:
         [
             (["--quality", "7"], r"quality 7 is not one of the model: it has 1 to 6"),
             (["--quality", "0.5"], r"quality 0.5 is not one of the model: it has 1 to 6"),
-            (["--quality", "nan"], r"quality nan is not one of the model"),
+            (["--quality", "nan"], r"quality 'nan' is not a number"),
+            (["--quality", "1-6"], r"quality '1-6' is not a number .*: --quality 1 2 3"),
             (["--quality", "4.3"], r"a bundle of one rate has a whole quality, not 4\.3"),
             (["--quality", "1", "2.5"], r"a bundle of one rate has a whole quality, not 2\.5"),
             (["--quality", "1", "9"], r"quality 9 is not one of the model"),
@@ -357,7 +382,7 @@ class TestBadInput:
             (["--quality", "4.3"], r"has one rate, lalic-mse-q3: it has no quality 4\.3"),
             (["--quality", "3", "4"], r"has one rate, lalic-mse-q3: it cannot be exported at several qualities"),
             (["--quality", "7"], r"--quality 7 is not on the ladder, which has 1 to 6"),
-            (["--quality", "inf"], r"has one rate, lalic-mse-q3: it has no quality inf"),
+            (["--quality", "inf"], r"quality 'inf' is not a number"),
             (["--quality", "4"], r"was trained with mse, lambda 0\.0067"),
         ],
     )
@@ -396,8 +421,8 @@ class TestVerify:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"quality": [1, 5]}, "mse, the qualities [1, 6] is lalic-mse-vbr"),
-            ({"quality": 3}, "is lalic-mse-vbr"),
+            ({"quality": [1, 5]}, "quality is [1, 5], but [1, 6] by model and loss"),
+            ({"quality": 3}, "quality is 3, but [1, 6] by model and loss"),
             ({"name": "lalic-mse-q3"}, "is named 'lalic-mse-q3'"),
             ({"loss": {"metric": "mse", "lambda": 0.0067}}, "the loss is one of one rate"),
             ({"loss": loss_of((1, 5))}, "the loss is one of the qualities [1, 5]"),
@@ -422,6 +447,8 @@ class TestVerify:
             ([1, 2, 3, 4, 5], "config", "the model is one of the qualities [1, 5]"),
             ([2, 3, 4, 5, 6, 7], "config", "quality 7 of the model is not on the ladder"),
             ([1, 2, 3, 4, 5, 5], "config", "rungs must be two or more whole numbers in a row"),
+            ("123456", "config", "rungs must be whole numbers, got '123456'"),
+            ([1, "2"], "config", "rungs must be whole numbers, got [1, '2']"),
             (None, "config", "the loss is one of several rates, but the model has one"),
         ],
     )

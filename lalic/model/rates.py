@@ -106,6 +106,8 @@ class Rates(nn.Module):
 
 def check_rungs(rungs: Sequence[float]) -> list[int]:
     """The rungs as whole numbers; ValueError when they are not at least two, one after the other, from 1 on."""
+    if isinstance(rungs, str) or not all(isinstance(r, int | float) for r in rungs):
+        raise ValueError(f"rungs must be whole numbers, got {rungs!r}")
     whole = [int(r) if math.isfinite(r) else 0 for r in rungs]
     follows = whole == list(range(whole[0], whole[0] + len(whole))) if whole else False
     if len(whole) < 2 or not follows or whole[0] < 1 or any(a != b for a, b in zip(whole, rungs, strict=True)):
