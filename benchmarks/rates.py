@@ -9,8 +9,13 @@ and order, constant rate after a short warm-up, averaged weights (short_runs.py)
     apart    one model against single ones that had as many steps *each*, so four times its steps together
 
 BD-rate is that of PSNR over the estimated rate, of means over the photographs; negative means that the one model needs
-fewer bits. Runs are trained in the order in which they answer the questions, and the figures are written after each
-stretch. Ends with 1 when the one model is not `--limit` percent better with shared steps.
+fewer bits. Short runs may share no quality, so two more figures are told: the PSNR at equal rate (BD-PSNR), and where
+even the lowest rung of the one model is better than the highest single one, the bits that this lowest needs beside
+that highest, which bounds what is saved. Where no quality is shared at the end, the last point of the one model that
+shares one is compared: it has had fewer steps.
+
+Runs are trained in the order in which they answer the questions, and the figures are written after each stretch. Ends
+with 1 when the one model is not `--limit` percent better with shared steps.
 """
 
 from __future__ import annotations
@@ -50,14 +55,48 @@ def ladder_at(runs: Mapping[str, Points], steps: int) -> Ladder | None:
 
 
 def difference(one: Ladder, singles: Ladder) -> dict[str, Any]:
-    """Of the one model from the single ones: BD-rate in percent (or why there is none), and relative losses."""
+    """Of the one model from the single ones: BD-rate in percent (or why there is none), PSNR at equal rate in dB, the
+    bound in percent where one is above the other, and relative losses."""
     rates, qualities = ([[row[key] for row in side.values()] for side in (singles, one)] for key in ("bpp", "psnr"))
-    row: dict[str, Any] = {"bd_rate": None, "loss": {q: one[q]["loss"] / singles[q]["loss"] - 1 for q in singles}}
+    row: dict[str, Any] = {"bd_rate": None, "bd_psnr": None, "bound": None}
+    row["loss"] = {q: one[q]["loss"] / singles[q]["loss"] - 1 for q in singles}
     try:
         row["bd_rate"] = bd_rate(rates[0], qualities[0], rates[1], qualities[1])
     except LalicError as error:
         row["reason"] = str(error)
+        if min(qualities[1]) >= max(qualities[0]):
+            row["bound"] = 100 * (min(rates[1]) / max(rates[0]) - 1)
+    row["bd_psnr"] = bd_psnr(rates[0], qualities[0], rates[1], qualities[1])
     return row
+
+
+def bd_psnr(
+    rate_anchor: Sequence[float], psnr_anchor: Sequence[float], rate_test: Sequence[float], psnr_test: Sequence[float]
+) -> float | None:
+    """Mean difference of PSNR over the logarithms of the rates that both curves have; None where they share none."""
+    import numpy as np
+    from scipy.interpolate import PchipInterpolator
+
+    logs = np.log(rate_anchor), np.log(rate_test)
+    low, high = max(r.min() for r in logs), min(r.max() for r in logs)
+    if low >= high or any((np.diff(r) <= 0).any() for r in logs):
+        return None
+    areas = [
+        float(PchipInterpolator(r, q).integrate(low, high)) for r, q in zip(logs, (psnr_anchor, psnr_test), strict=True)
+    ]
+    return float((areas[1] - areas[0]) / (high - low))
+
+
+def saved(row: Mapping[str, Any]) -> str:
+    """BD-rate in words, or what is known in its place."""
+    if row["bd_rate"] is not None:
+        return f"{row['bd_rate']:+.1f} %"
+    if row["bound"] is not None:
+        text = f"no shared quality; beyond {row['bound']:+.1f} %"
+        if e := row.get("earlier"):
+            text += f"; with {e['steps']:,} steps {e['bd_rate']:+.1f} % ({e['low']:.2f} to {e['high']:.2f} dB)"
+        return text
+    return f"none ({row['reason']})"
 
 
 def compare(one: Points, singles: Mapping[str, Points], milestones: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
@@ -75,8 +114,21 @@ def compare(one: Points, singles: Mapping[str, Points], milestones: Sequence[int
                     "one": mine,
                     "singles": theirs,
                 }
+                if question == "shared" and row["bd_rate"] is None:
+                    row["earlier"] = earlier(one, theirs, steps)
                 found[question].append(row)
     return found
+
+
+def earlier(one: Points, singles: Ladder, steps: int) -> dict[str, Any] | None:
+    """The last point of the one model before `steps` whose BD-rate against the single ones can be computed: its step,
+    the BD-rate, and the range of PSNR that it is taken over."""
+    for point in reversed(one):
+        mine = point["heldout"]
+        if point["step"] < steps and (rate := difference(mine, singles)["bd_rate"]) is not None:
+            psnr = [[row["psnr"] for row in side.values()] for side in (mine, singles)]
+            return {"steps": point["step"], "bd_rate": rate, "low": max(map(min, psnr)), "high": min(map(max, psnr))}
+    return None
 
 
 def stretches(rungs: Sequence[int], steps: int) -> list[tuple[int | None, int]]:
@@ -141,7 +193,8 @@ def report(compared: Mapping[str, Any]) -> str:
     lines = []
     for question, rows in compared.items():
         for row in rows:
-            rate = f"BD-rate {row['bd_rate']:+.1f} %" if row["bd_rate"] is not None else f"no BD-rate ({row['reason']})"
+            rate = f"BD-rate {saved(row)}"
+            rate += "" if row["bd_psnr"] is None else f"; {row['bd_psnr']:+.2f} dB at equal rate"
             losses = ", ".join(f"q{rung} {value:+.1%}" for rung, value in row["loss"].items())
             steps = f"one model, {row['steps']} steps; single ones, {row['steps_of_each']} each"
             lines.append(f"{question}: {steps}: {rate}; loss {losses}")
@@ -181,8 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     train_all(setup, arguments, note)
     print(report(compared))
-    found = next((row["bd_rate"] for row in compared["shared"] if row["steps"] == arguments.steps), None)
-    if found is None or found > arguments.limit:
+    last: dict[str, Any] = next((row for row in compared["shared"] if row["steps"] == arguments.steps), {})
+    rates = [last.get("bd_rate"), last.get("bound"), (last.get("earlier") or {}).get("bd_rate")]
+    if not any(rate is not None and rate <= arguments.limit for rate in rates):
         print(f"error: with shared steps the one model is not {-arguments.limit:g} % better", file=sys.stderr)
         return 1
     return 0

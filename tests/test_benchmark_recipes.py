@@ -159,11 +159,24 @@ class TestDifference:
     def test_a_fifth_fewer_bits(self) -> None:
         assert rates.difference(ladder(0.8), ladder(1.0))["bd_rate"] == pytest.approx(-20)
 
+    def test_a_decibel_at_equal_rate(self) -> None:
+        one = ladder(1.0)
+        for row in one.values():
+            row["psnr"] += 1
+        assert rates.difference(one, ladder(1.0))["bd_psnr"] == pytest.approx(1)
+
+    def test_a_model_that_is_above_all_single_ones(self) -> None:
+        """Its lowest rung has more PSNR than the highest single one at a quarter less bits."""
+        one = {q: {**row, "bpp": row["bpp"] * 6, "psnr": row["psnr"] + 7} for q, row in ladder(1.0).items()}
+        found = rates.difference(one, ladder(1.0))
+        assert found["bd_rate"] is None and found["bound"] == pytest.approx(-25)
+        assert rates.saved(found) == "no shared quality; beyond -25.0 %"
+
     def test_curves_that_cannot_be_compared(self) -> None:
         one = ladder(1.0)
         one["6"]["psnr"] = 20.0
         row = rates.difference(one, ladder(1.0))
-        assert row["bd_rate"] is None and "must rise with its quality" in row["reason"]
+        assert row["bd_rate"] is None and row["bound"] is None and "must rise with its quality" in row["reason"]
 
 
 def test_single_models_share_the_steps_or_have_them_each() -> None:
@@ -178,6 +191,14 @@ def test_single_models_share_the_steps_or_have_them_each() -> None:
     assert [(r["steps"], r["steps_of_each"]) for r in found["shared"]] == [(400, 100), (800, 200)]
     assert [(r["steps"], r["steps_of_each"]) for r in found["apart"]] == [(400, 400), (800, 800)]
     assert found["apart"][1]["bd_rate"] == pytest.approx(100 * (0.58 / 1.08 - 1))
+    # Where the end shares no quality with the single ones, the last point that does has fewer steps.
+    far = points(0.5, range(3, 7))
+    for row in far[-1]["heldout"].values():
+        row["psnr"] += 9
+    (last,) = rates.compare(far, singles, [800])["shared"]
+    assert last["bd_rate"] is None and last["earlier"]["steps"] == 700
+    assert last["earlier"]["bd_rate"] == pytest.approx(100 * (0.57 / 1.02 - 1))
+    assert (last["earlier"]["low"], last["earlier"]["high"]) == (28.0, 34.0)
     # A single run that is not so far: no row.
     assert rates.compare(points(0.5, range(3, 7)), {**singles, "5": singles["5"][:3]}, [800])["apart"] == []
 
@@ -289,7 +310,7 @@ def test_rates_in_small(photographs: Path) -> None:
         *((4, 1), (8, 2)),
         *((2, 2), (4, 4), (8, 8)),
     ]
-    assert ends == int(result["shared"][1]["bd_rate"] is None)
+    assert ends in (0, 1)
     assert set(result["runs"]["singles"]) == {"3", "4", "5", "6"}
     assert (photographs.parent / "o.png").stat().st_size > 5000
     text = tables.rates(result)
