@@ -174,8 +174,8 @@ class TestConfig:
         ("changes", "words"),
         [
             ({"name": "lalic-mse-q4"}, "mse, lambda 0.0067 is lalic-mse-q3"),
-            ({"quality": 4}, "is lalic-mse-q3"),
-            ({"loss": {"metric": "mse", "lambda": 0.013}}, "lambda 0.013 is lalic-mse-q4"),
+            ({"quality": 4}, "quality is 4, but 3 by model and loss"),
+            ({"loss": {"metric": "mse", "lambda": 0.013}}, "quality is 3, but 4 by model and loss"),
             ({"loss": {"metric": "psnr", "lambda": 0.0067}}, "no metric 'psnr'"),
             ({"loss": None}, "does not say model and loss"),
             ({"model": {"N": 8}}, "does not say model and loss"),
