@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,28 @@ def _shared(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent (set LALIC_SHARED to the folder that holds {name}/)")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_switches() -> Iterator[None]:
+    """What programs set for their whole process is as it was after each test: many run in the process of the tests."""
+    import torch
+
+    environment = dict(os.environ)
+    threads, onednn = torch.get_num_threads(), torch.backends.mkldnn.enabled
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    for name in os.environ.keys() - environment.keys() - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    torch.backends.mkldnn.enabled = onednn
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from lalic.data import cache as cache_module
 from lalic.data import room
 from lalic.data.cache import ShardCache
 from lalic.data.index import ShardIndex
+from lalic.data.room import Part
 from lalic.data.source import load_remote_index
 from lalic.errors import LalicError
 from lalic.remote import Remote, RemoteError
@@ -203,6 +204,19 @@ def test_a_part_in_use_is_not_removed(make, bucket):
     assert content(cache, 1) == expected(1) and not cache.holds(0)
     child.join()
     assert child.exitcode == 0 and bucket.sent["shards/n-000000.tar"] == SIZE
+
+
+def test_what_goes_as_soon_as_it_is_whole_is_not_fetched_again(make, bucket, monkeypatch):
+    """As above, at the worst moment: another process takes the place before the one that fetched looks again."""
+    cache, finish = make(SIZE), Part.finish
+
+    def finish_and_lose(part: Part, final: Path) -> None:
+        finish(part, final)
+        final.unlink()
+
+    monkeypatch.setattr(Part, "finish", finish_and_lose)
+    assert cache.fetch(0) and not cache.holds(0)
+    assert bucket.sent["shards/n-000000.tar"] == SIZE
 
 
 def test_too_small_for_two_windows(make):

@@ -105,7 +105,9 @@ class ShardCache:
                 self._discard(path, shard)
 
     def fetch(self, shard: int, *, in_advance: bool = False, pulse: Callable[[], None] = lambda: None) -> bool:
-        """Bring a shard here; whether it is. Raises as `open`.
+        """Bring a shard here; whether it came, or was here. Raises as `open`.
+
+        Another process that needs the room may have removed it again by then.
 
         Args:
             in_advance: it is not needed yet: rather than wait for another process that fetches it, or push out what
@@ -119,6 +121,7 @@ class ShardCache:
                 if part is not None:
                     try:
                         self._fill(part, shard, idle, pulse)
+                        return True
                     finally:
                         part.close()
                 elif in_advance:
