@@ -149,14 +149,19 @@ class LALIC(SimpleVAECompressionModel):
         """
         _check_sides(x)
         with torch.autocast(x.device.type, enabled=False):
-            coded = self.latent_codec(self.scaled_latents(x, quality))
-            x_hat = self.g_s(self._unscaled(coded["y_hat"], quality))
-        return {"x_hat": x_hat, "likelihoods": coded["likelihoods"]}
+            return self.reconstruct(self.g_a(x), quality)
+
+    def reconstruct(self, y: Tensor, quality: Quality | None = None) -> dict[str, Any]:
+        """What `forward` returns, from g_a(x) (B, M, H/16, W/16), which all qualities share."""
+        coded = self.latent_codec(self._scaled(y, quality))
+        return {"x_hat": self.g_s(self._unscaled(coded["y_hat"], quality)), "likelihoods": coded["likelihoods"]}
 
     def scaled_latents(self, x: Tensor, quality: Quality | None = None) -> Tensor:
         """y (B, M, H/16, W/16) of pictures x (B, 3, H, W), as the entropy model sees it."""
+        return self._scaled(self.g_a(x), quality)
+
+    def _scaled(self, y: Tensor, quality: Quality | None) -> Tensor:
         rates = self._gains(quality)
-        y = self.g_a(x)
         return y if rates is None or quality is None else rates.scale(y, quality)
 
     def _unscaled(self, y_hat: Tensor, quality: Quality | None) -> Tensor:

@@ -69,12 +69,15 @@ def validate(
         for i, path in enumerate(images):
             own = i % accelerator.num_processes == accelerator.process_index
             wanted = i < pictures and accelerator.is_main_process
-            image = _read(path, crop) if own or wanted else None
+            if not (own or wanted):
+                continue
+            x = _read(path, crop)[None].to(accelerator.device)
+            y = model.g_a(pad(x))
             for j, rung in enumerate(rungs):
-                if image is None or not (own or rung == middle):
+                if not (own or rung == middle):
                     continue
                 moved()
-                row, picture = _measure(model, image, loss.metric, loss.lambdas[j], rung, accelerator.device, path)
+                row, picture = _measure(model, x, y, loss.metric, loss.lambdas[j], rung, path)
                 if own:
                     table[i, j] = row
                 if wanted and rung == middle:
@@ -119,18 +122,12 @@ def _apply_masks(model: LALIC) -> None:
 
 
 def _measure(
-    model: LALIC,
-    image: Tensor,
-    metric: str,
-    lmbda: float,
-    quality: int | None,
-    device: torch.device,
-    path: Path,
+    model: LALIC, x: Tensor, y: Tensor, metric: str, lmbda: float, quality: int | None, path: Path
 ) -> tuple[Tensor, Tensor]:
-    """A row of the table for one image (3, H, W) at one rate, and original and reconstruction side by side."""
-    x = image[None].to(device)
+    """A row of the table for one image x (1, 3, H, W) with y = g_a(x) at one rate, and original and reconstruction side
+    by side (3, H, 2 W)."""
     height, width = x.shape[-2:]
-    output = model(pad(x), quality)
+    output = model.reconstruct(y, quality)
     x_hat = cut(output["x_hat"].float(), height, width).clamp(0, 1)
     bits = {name: -torch.log2(p.double()).sum() for name, p in output["likelihoods"].items()}
     bpp_y, bpp_z = (bits[name] / (height * width) for name in ("y", "z"))
