@@ -60,7 +60,8 @@ def test_a_longer_run(root: Path, tmp_path: Path) -> None:
     result = fuzz(root, 1000, 2_000_000, tmp_path / "fuzz.json")
     check(result, 1000)
     assert set(result["mutations"]) == set(fuzz_mutations.MUTATIONS)
-    assert set(result["arithmetics"]) == {"float32", "float64"}
+    kinds = {f"{name}{rates}" for name in ("float32", "float64") for rates in ("", ", several rates")}
+    assert set(result["arithmetics"]) == kinds
 
 
 @pytest.mark.slow
