@@ -167,7 +167,7 @@ def draw(path: Path, one: Points, singles: Mapping[str, Points], compared: Mappi
         for row in (*compared["shared"], *compared["apart"]):
             curves[f"one model, {row['steps']:,} steps"] = row["one"], "-o"
             curves[f"{len(singles)} single, {row['steps_of_each']:,} steps each"] = row["singles"], "--s"
-        for i, (label, (ladder, line)) in enumerate(sorted(curves.items())):
+        for i, (label, (ladder, line)) in enumerate(sorted(curves.items(), key=lambda c: (c[1][1], len(c[0]), c[0]))):
             xs, ys = ([r[key] for r in ladder.values()] for key in ("bpp", "psnr"))
             left.plot(xs, ys, line, label=label, color=COLOURS[i % len(COLOURS)], linewidth=1, markersize=3)
         left.set_xlabel("estimated bpp")
