@@ -8,12 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_export import weights_of
 from tiny_codec import picture, tiny_model
@@ -48,7 +46,7 @@ def _installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def installed(_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def installed(_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The built-in weights of this test, to do harm to; nothing else is in reach."""
     folder = Path(shutil.copytree(_installed, tmp_path / "site" / "weights"))
     monkeypatch.setattr(release_builtin, "builtin_folder", lambda: folder)
@@ -58,9 +56,7 @@ def installed(_installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Image.fromarray(picture(37, 50)).save("photo.png")
-    threads = torch.get_num_threads()
-    yield folder
-    torch.set_num_threads(threads)
+    return folder
 
 
 def model_of(file: str) -> str:

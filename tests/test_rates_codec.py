@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,7 +184,7 @@ def test_reference_picture(model: LALIC, tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with a photograph; no weights are in reach."""
     for name in ("LALIC_WEIGHTS", "LALIC_HUB_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -194,9 +193,6 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Image.fromarray(picture(37, 50)).save("photo.png")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def about(file: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

@@ -87,17 +87,13 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps its state in singletons, and a run sets global switches of torch."""
+    """accelerate keeps its state in singletons; conftest.py puts torch's switches back."""
     for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    threads, filled = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.set_num_threads(threads)
 
 
 def run(config_path: Path, folder: Path, *settings: str) -> int:
